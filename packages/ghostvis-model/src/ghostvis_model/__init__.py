@@ -1,0 +1,1 @@
+"""The GhostVis vision-language model: configs, decoder, eyes, tokenizer, chat rendering, checkpoints, generation."""

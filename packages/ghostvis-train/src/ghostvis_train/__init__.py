@@ -1,0 +1,1 @@
+"""Train GhostVis: tokenizer, text, vision, fine-tuning, evaluation."""
