@@ -1,0 +1,142 @@
+"""The whole model on one screen: encode, connect, put in place, decode.
+
+B batch, T tokens, D model width, I images, S side in pixels, P patches, N tokens of an image, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostvis_kernels import linear_cross_entropy
+from ghostvis_model.chat import check_image_count
+from ghostvis_model.config import VLMConfig
+from ghostvis_model.connectors import make_connector
+from ghostvis_model.decoder import Decoder, KVCache, Packing
+from ghostvis_model.tokenizer import Tokenizer
+from ghostvis_model.vision import VisionTower
+
+
+class GhostVis(nn.Module):
+    """A decoder that may have eyes: with `config.vision` None it is a plain language model."""
+
+    def __init__(self, config: VLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        """Set by whoever loads the model; `chat` needs it."""
+        self.decoder = Decoder(config.text)
+        self.vision: VisionTower | None = None
+        self.connector: nn.Module | None = None
+        if config.vision is not None and config.connector is not None:
+            self.vision = VisionTower(config.vision)
+            self.connector = make_connector(config.connector, config.vision, config.text.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.weight.device
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        images: Tensor | None = None,
+        image_index: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits float32 [B, T, V]; with `targets`, the sum of the token losses instead (float32 scalar).
+
+        ids          int64 [B, T], with N placeholders for every image
+        images       uint8 [I, 3, S, S], I may be 0 or the argument None
+        image_index  int64 [I*N], places of the placeholders in the flattened B*T, image by image
+        position_ids int64 [B, T], restarting with every document
+        cu_seqlens   int32 [documents+1] over B*T, with max_seqlen: documents that do not see each other
+        targets      int64 [B, T], -100 where nothing is learned
+        Raises RenderError if the placeholders are not images x tokens.
+        """
+        x = self.embed(ids, images, image_index)
+        packing = Packing(cu_seqlens, max_seqlen) if cu_seqlens is not None and max_seqlen is not None else None
+        hidden = self.decoder(x, position_ids, packing, cache)
+        if targets is None:
+            return self.decoder.logits(hidden)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.decoder.lm_head.weight,
+            targets.flatten(),
+            reduction="sum",
+            softcap=self.config.text.logit_softcap,
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [I, 3, S, S] -> patches [I, P, W]; no graph is kept while the encoder is frozen."""
+        assert self.vision is not None
+        frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self.vision(images)
+
+    def embed(self, ids: Tensor, images: Tensor | None, image_index: Tensor | None) -> Tensor:
+        """Token embeddings [B, T, D] with the features of the images in place of their placeholders."""
+        x = self.decoder.embed_tokens(ids)
+        count = 0 if images is None else images.shape[0]
+        slots = 0 if image_index is None else image_index.shape[0]
+        check_image_count(slots, count, self.config.tokens_per_image)
+        if self.connector is None:
+            return x
+        if images is None or image_index is None or count == 0:
+            return x + self._nothing_seen() if self.training else x
+        features = self.connector(self.encode(images))
+        place = x.flatten(0, 1)
+        return place.index_copy(0, image_index, features.flatten(0, 1).to(place.dtype)).view_as(x)
+
+    def _nothing_seen(self) -> Tensor:
+        """Zero, through the connector: a rank whose batch has no image must still join the gradient reduction."""
+        assert self.connector is not None
+        assert self.config.vision is not None
+        blank = torch.zeros(1, self.config.vision.num_patches, self.config.vision.hidden_size, device=self.device)
+        return 0.0 * self.connector(blank).sum()
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> GhostVis:
+        """Load a step folder, a run's folder (its newest step) or a hub id, ready to chat.
+
+        device: default a CUDA device where there is one. dtype: default float32 on the CPU, bfloat16 on CUDA.
+        Raises CheckpointError for a folder that is none or does not fit.
+        """
+        from ghostvis_model.checkpoint import load, resolve
+
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return load(resolve(source)).model.to(device, dtype).eval()
+
+    def chat(
+        self,
+        prompt: str | Sequence[dict[str, Any]],
+        images: Sequence[Any] = (),
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Answer a question, with pictures before it, or a whole conversation of messages.
+
+        images: anything that `ghostvis_model.images.load_image` reads; with messages they are parts of those instead.
+        Returns the answer, or with `stream` an iterator of its pieces. Raises ImageError for an unreadable picture,
+        RenderError for a malformed conversation, ContextOverflow if the prompt leaves no room to answer.
+        """
+        from ghostvis_model.generation import chat_prompt, stream_text
+
+        prepared = chat_prompt(self, prompt, images)
+        pieces = stream_text(self, prepared, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        return pieces if stream else "".join(pieces)
