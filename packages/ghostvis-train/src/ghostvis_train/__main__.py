@@ -1,0 +1,5 @@
+"""`python -m ghostvis_train`, for torchrun."""
+
+from ghostvis_train.cli import main
+
+main()

@@ -1,0 +1,54 @@
+"""Pretrain the decoder on text.
+
+uv run ghostvis-train base                                               # the tiny world
+torchrun --nproc-per-node 8 -m ghostvis_train base --depth 20 --data-recipe fineweb/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ghostvis_model.config import VLMConfig, get_config
+from ghostvis_model.vlm import GhostVis
+from ghostvis_train import settings, tokenizer
+from ghostvis_train.loop import train
+from ghostvis_train.optim import Optimizers, decoder_groups
+from ghostvis_train.options import BaseConfig
+from ghostvis_train.phase import TINY_WORLD, announce, make_job, make_stream, open_data, start_phase, tag_of
+
+
+def run(config: BaseConfig) -> Path:
+    """Train to the end; the checkpoint's folder."""
+    options = config.run
+    tag = tag_of(options)
+    context = start_phase(options, tag)
+    announce("base", f"pretraining on text ({options.data_recipe}) -> base_checkpoints/{tag}")
+    recipe = open_data(options.data_recipe, options.seed)
+    tokens = tokenizer.for_run(options, tag, config.tokenizer)
+    tiny = options.data_recipe == TINY_WORLD
+    text = get_config(
+        options.depth or settings.TINY_DEPTH,
+        tokens.vocab_size,
+        options.context_length or (settings.TINY_CONTEXT if tiny else 2048),
+    )
+    chosen = settings.TINY["base"] if tiny else settings.real_base(text, config.tokens_per_parameter)
+    chosen = chosen.with_rates(matrix=config.matrix_lr, embedding=config.embedding_lr, head=config.head_lr)
+    model = GhostVis(VLMConfig(text))
+    stream = make_stream(recipe, "base", tokens, model.config, chosen, options, loss_on="all")
+    job = make_job(
+        "base",
+        "base",
+        options,
+        context,
+        chosen,
+        model=model,
+        optimizers=Optimizers(*decoder_groups(model.decoder, chosen.rates)),
+        stream=stream,
+        data=stream.datasets,
+        steps=options.steps or chosen.steps or stream.steps(1),
+        tokenizer=tokens,
+        config=model.config.to_dict(),
+        notes={"model": f"depth {text.num_layers}, width {text.hidden_size}, vocabulary {text.vocab_size}"},
+    )
+    with stream:
+        return train(job, context)

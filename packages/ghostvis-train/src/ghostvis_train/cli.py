@@ -1,0 +1,72 @@
+"""The command `ghostvis-train`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from ghostvis_model.errors import GhostVisError, message_of
+from ghostvis_train.options import (
+    AlignConfig,
+    BaseConfig,
+    EvalConfig,
+    SftConfig,
+    TokenizerConfig,
+    VisionConfig,
+)
+
+EXAMPLES = """GhostVis: train a vision-language model from nothing.
+
+examples:
+  ghostvis-train sft                                          everything on the tiny world, in minutes
+  ghostvis-train sft --seed 1                                 the same from another seed
+  ghostvis-train sft --data-recipe my_data/ --source mid      fine-tune on one's own pictures
+  ghostvis-train eval                                         score the newest fine-tuned model
+  ghostvis-train base --depth 20 --data-recipe texts/         pretrain a real model
+  torchrun --nproc-per-node 8 -m ghostvis_train base ...      the same on eight GPUs
+"""
+
+Command = (
+    Annotated[TokenizerConfig, tyro.conf.subcommand("tokenizer")]
+    | Annotated[VisionConfig, tyro.conf.subcommand("vision")]
+    | Annotated[BaseConfig, tyro.conf.subcommand("base")]
+    | Annotated[AlignConfig, tyro.conf.subcommand("align")]
+    | Annotated[SftConfig, tyro.conf.subcommand("sft")]
+    | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+)
+
+
+def dispatch(config: Command) -> None:
+    """Run a command. The phases are imported here, so that --help answers at once."""
+    from ghostvis_train import align, base, evaluate, sft, tokenizer, vision
+
+    match config:
+        case TokenizerConfig():
+            tokenizer.run(config)
+        case VisionConfig():
+            vision.run(config)
+        case BaseConfig():
+            base.run(config)
+        case AlignConfig():
+            align.run(config)
+        case SftConfig():
+            sft.run(config)
+        case EvalConfig():
+            evaluate.run(config)
+
+
+def main() -> None:
+    """Parse the command line and run. User errors print without a traceback; exit code 1, or 130 after Ctrl-C."""
+    config = tyro.cli(Command, prog="ghostvis-train", description=EXAMPLES)
+    try:
+        dispatch(config)
+    except KeyboardInterrupt:
+        print(
+            "\nghostvis: stopped. The last checkpoint is kept; type the same command to go on from it.", file=sys.stderr
+        )
+        sys.exit(130)
+    except GhostVisError as error:
+        print(message_of(error), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,210 @@
+"""Score a checkpoint on held-out samples, beside what it scores blind, with a wrong picture, and by majority.
+
+uv run ghostvis-train eval
+uv run ghostvis-train eval --source sft --model-tag tiny-my_data --data-recipe my_data/
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghostvis_data import Dataset, Question, Recipe, Score, summarize
+from ghostvis_model import checkpoint
+from ghostvis_model.chat import render_for_completion
+from ghostvis_model.generation import generate, read_prompt, tokenizer_of
+from ghostvis_model.vlm import GhostVis
+from ghostvis_train import samples
+from ghostvis_train.options import EvalConfig, UserError
+from ghostvis_train.phase import TINY_WORLD, announce, open_data
+
+ANSWER_TOKENS = 32
+
+
+def run(config: EvalConfig) -> Path:
+    """Evaluate a checkpoint by itself; its folder."""
+    started = time.perf_counter()
+    if config.source in checkpoint.KINDS:
+        folder = checkpoint.find(config.source, config.model_tag, config.step)
+    else:
+        folder = checkpoint.resolve(config.source)
+    plan = checkpoint.read_meta(folder)["plan"]
+    recipe = open_data(config.data_recipe or plan["data_recipe"], plan["seed"])
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    report(folder, recipe, device, started, config.batch_size, config.max_samples)
+    return folder
+
+
+def report(
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    started: float,
+    batch_size: int = 128,
+    max_samples: int | None = None,
+) -> dict[str, Any]:
+    """Score every evaluation of the recipe, print the table, save eval.json and sample pictures beside the steps.
+
+    started: `time.perf_counter()` at the start of the command; the reported wall time counts from there.
+    Raises UserError if the recipe has nothing held out.
+    """
+    if not recipe.evaluations:
+        raise UserError(
+            f"{recipe.name} has no held-out samples to score; build it with `ghostvis-data build ... --val-fraction 0.1`"
+        )
+    announce("eval", f"{folder} on {recipe.name}")
+    model = GhostVis.from_pretrained(folder, device)
+    majority = recipe.task.majority(Dataset(recipe.baseline))
+    results: dict[str, dict[str, dict[str, Score]]] = {}
+    for name in recipe.evaluations:
+        dataset = recipe.evaluation(name)
+        count = min(len(dataset), max_samples or len(dataset))
+        asked = [recipe.task.questions(dataset[index]) for index in range(count)]
+        questions = [question for group in asked for question in group]
+        results[name] = {}
+        for view, prompts in views(asked).items():
+            replies = answer(model, prompts, batch_size, f"{name}, {view}")
+            judged = [recipe.task.judge(*pair) for pair in zip(replies, questions, strict=True)]
+            results[name][view] = summarize(questions, judged)
+            if view == "seen" and name == next(iter(recipe.evaluations)):
+                samples.save(folder.parent / "samples", asked, replies)
+        guesses = [majority.get(question.type, "") for question in questions]
+        judged = [recipe.task.judge(*pair) for pair in zip(guesses, questions, strict=True)]
+        results[name]["majority"] = summarize(questions, judged)
+        print(table(name, results[name]), flush=True)
+    facts = {
+        "checkpoint": str(folder),
+        "weights_hash": checkpoint.read_meta(folder)["weights_hash"],
+        "data_recipe": recipe.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "wall_s": round(time.perf_counter() - started, 1),
+        "scores": {
+            name: {view: {kind: asdict(score) for kind, score in by_type.items()} for view, by_type in views_.items()}
+            for name, views_ in results.items()
+        },
+    }
+    if recipe.name == TINY_WORLD:
+        facts["headline"] = headline(results, facts["wall_s"])
+    (folder.parent / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(closing(folder, facts), flush=True)
+    return facts
+
+
+def views(asked: Sequence[Sequence[Question]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The prompts of every question, grouped by sample, with its pictures, without, and with another sample's.
+
+    Without pictures anywhere there is only the first.
+    """
+    seen = [question.messages for group in asked for question in group]
+    if not any(question.images for group in asked for question in group):
+        return {"seen": seen}
+    blind, swapped = [], []
+    for number, group in enumerate(asked):
+        for question in group:
+            blind.append(with_pictures(question.messages, []))
+            swapped.append(with_pictures(question.messages, _pictures_of_another(asked, number, len(question.images))))
+    return {"seen": seen, "blind": blind, "swapped": swapped}
+
+
+def _pictures_of_another(asked: Sequence[Sequence[Question]], number: int, count: int) -> list[bytes]:
+    """As many pictures as a question has, from the samples that follow its own."""
+    found: list[bytes] = []
+    for ahead in range(1, len(asked)):
+        group = asked[(number + ahead) % len(asked)]
+        if group:
+            found += group[-1].images
+        if len(found) >= count:
+            return found[:count]
+    raise UserError(f"swapping pictures needs {count} pictures in other held-out samples; there are {len(found)}")
+
+
+def with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The conversation with its pictures exchanged for these, in order; those beyond the last are left out."""
+    left = list(pictures)
+    result = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                if part["type"] != "image":
+                    parts.append(part)
+                elif left:
+                    parts.append({"type": "image", "image": left.pop(0)})
+            content = parts
+        result.append({"role": message["role"], "content": content})
+    return result
+
+
+def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, label: str) -> list[str]:
+    """Greedy replies to many conversations, with a progress line."""
+    tokenizer = tokenizer_of(model)
+    started = time.perf_counter()
+    rendered = [render_for_completion(c, tokenizer, model.config.tokens_per_image) for c in conversations]
+    by_length = sorted(range(len(rendered)), key=lambda number: len(rendered[number].ids))
+    replies = [""] * len(rendered)
+    for start in range(0, len(by_length), batch_size):
+        numbers = by_length[start : start + batch_size]
+        prompts = [read_prompt(model, rendered[number]) for number in numbers]
+        for number, ids in zip(numbers, generate(model, prompts, max_tokens=ANSWER_TOKENS), strict=True):
+            replies[number] = tokenizer.decode(ids)
+        if sys.stdout.isatty():
+            done = start + len(numbers)
+            rate = done / (time.perf_counter() - started)
+            left = (len(replies) - done) / rate
+            print(f"{label}: {done}/{len(replies)}  {rate:,.0f}/s  {left:.0f} s left ", end="\r", flush=True)
+    return replies
+
+
+def table(name: str, scores: dict[str, dict[str, Score]]) -> str:
+    """Accuracy of every question type under every view, with the interval of the first."""
+    lines = [
+        f"\n{name:14s} {'n':>6s} {'accuracy':>9s} {'95 % interval':>17s} "
+        + " ".join(f"{v:>9s}" for v in list(scores)[1:])
+    ]
+    for kind, score in scores["seen"].items():
+        others = " ".join(f"{scores[view][kind].mean:9.3f}" for view in list(scores)[1:])
+        lines.append(f"{kind:14s} {score.n:6d} {score.mean:9.3f}   [{score.low:.3f}, {score.high:.3f}] {others}")
+    return "\n".join(lines)
+
+
+def headline(results: dict[str, dict[str, dict[str, Score]]], wall_s: float) -> dict[str, float]:
+    """The figures of the closing line, rounded as printed."""
+    test = results["test"]
+    return {
+        "accuracy": round(test["seen"]["all"].mean, 4),
+        "blind": round(test["blind"]["all"].mean, 4),
+        "majority": round(test["majority"]["all"].mean, 4),
+        "combinations": round(results["combinations"]["seen"]["all"].mean, 4),
+        "n": test["seen"]["all"].n,
+        "wall_s": wall_s,
+    }
+
+
+def closing(folder: Path, facts: dict[str, Any]) -> str:
+    """Where things are, what to type next, and the tiny world's one line."""
+    source = folder.parent.parent.name.removesuffix("_checkpoints")
+    lines = [
+        f"\nscores       {folder.parent / 'eval.json'}",
+        f"pictures     {folder.parent / 'samples'}",
+        f"checkpoint   {folder}",
+        f"weights      sha256 {facts['weights_hash']}",
+        f"next         uv run ghostvis-serve chat --source {source} --model-tag {folder.parent.name}   (then /image PATH)",
+        f"             uv run ghostvis-serve web --source {source} --model-tag {folder.parent.name}",
+        "             uv run ghostvis-data build my.jsonl my_data/ "
+        "&& uv run ghostvis-train sft --data-recipe my_data/ --source mid",
+    ]
+    if "headline" in facts:
+        figures = facts["headline"]
+        lines.append(
+            f"tiny_world held-out: accuracy {figures['accuracy']}, blind {figures['blind']}, majority {figures['majority']}, "
+            f"combinations {figures['combinations']}, n {figures['n']}, wall {figures['wall_s']} s"
+        )
+    return "\n".join(lines)

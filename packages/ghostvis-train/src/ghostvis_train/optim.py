@@ -1,0 +1,111 @@
+"""Muon for matrices, AdamW for the rest, one schedule over both."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostvis_kernels import newton_schulz
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+    Parameters are matrices [m, n]; equal shapes are orthogonalised in one batch. The update has spectral norm
+    lr * max(1, m/n)**0.5, so that one rate suits every shape. Decoupled weight decay, scaled by the rate.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        """params: parameters, or groups of them as torch takes them."""
+        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            stacks: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    stacks[parameter.shape].append(parameter)
+            for shape, parameters in stacks.items():
+                updates = newton_schulz(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov: the gradient, looked at from where the momentum leads."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        buffer = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(buffer, momentum)
+
+
+class Optimizers:
+    """Muon and AdamW as one: a rate multiplier per step, one state."""
+
+    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]]) -> None:
+        """Groups as torch takes them: {"params": [...], "lr": peak, ...}; empty groups are left out."""
+        muon = [group for group in muon if group["params"]]
+        adamw = [group for group in adamw if group["params"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if muon:
+            self.parts.append(Muon(muon, lr=0.0))
+        if adamw:
+            self.parts.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
+        for group in self.groups:
+            group["peak"] = group["lr"]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    def step(self, multiplier: float) -> None:
+        """One update at `multiplier` times the peak rates; gradients are forgotten."""
+        for group in self.groups:
+            group["lr"] = group["peak"] * multiplier
+        for part in self.parts:
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def trapezoid(step: int, steps: int, warmup: float, decay: float, floor: float = 0.0) -> float:
+    """Rate multiplier of a step: linear warm-up, flat, linear decay to `floor`; both as shares of the run."""
+    warmup_steps, decay_steps = round(warmup * steps), round(decay * steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step >= steps - decay_steps:
+        return floor + (1 - floor) * (steps - step) / decay_steps
+    return 1.0
+
+
+def decoder_groups(decoder: nn.Module, rates: dict[str, float]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Muon and AdamW groups of a decoder's learning parameters: layers' matrices; embedding and head."""
+    learning = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    embedding = [p for name, p in learning.items() if name.startswith("embed_tokens.")]
+    head = [p for name, p in learning.items() if name.startswith("lm_head.")]
+    matrices = [p for name, p in learning.items() if name.startswith("layers.")]
+    muon = [{"params": matrices, "lr": rates["matrix"]}]
+    return muon, [{"params": embedding, "lr": rates["embedding"]}, {"params": head, "lr": rates["head"]}]
+
+
+def connector_groups(connector: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """AdamW group of a connector."""
+    return [{"params": [p for p in connector.parameters() if p.requires_grad], "lr": rates["connector"]}]

@@ -1,0 +1,163 @@
+"""The flags of every command: one frozen dataclass each, documented under the field. `None` means derived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ghostvis_model.errors import GhostVisError
+
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+class UserError(GhostVisError):
+    """A command that cannot be carried out as typed: printed without a traceback, exit code 1."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every training phase is asked."""
+
+    data_recipe: str = "tiny_world"
+    """A named recipe, or a folder made by `ghostvis-data build`."""
+    depth: int | None = None
+    """Layers of the decoder; width, heads and schedule follow. None: that of the recipe or of the source checkpoint."""
+    model_tag: str | None = None
+    """Name of the run's folder. None: `tiny` (with `-seed1` for seed 1) in the tiny world, else from depth and recipe."""
+    seed: int = 0
+    """Seeds the weights, the order of the data, and the tiny world itself."""
+    steps: int | None = None
+    """Optimizer steps. None: by the recipe's rule."""
+    total_batch_size: int | None = None
+    """Tokens of one optimizer step over all ranks and micro-batches. None: by the recipe's rule."""
+    device_batch_size: int | None = None
+    """Rows of one micro-batch on one device. None: all rows of a step in the tiny world, else 8."""
+    context_length: int | None = None
+    """Tokens of a row. None: by the recipe's rule."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of matrix products; weights stay float32. auto: bf16 where the hardware multiplies it."""
+    save_every: int | None = None
+    """Steps between checkpoints from which a killed run goes on. None: a tenth of the run."""
+    log_every: int | None = None
+    """Steps between printed lines; log.jsonl has every step. None: a twentieth of the run."""
+    run: str | None = None
+    """Name of the run in a tracker. None: the model tag."""
+    tracker: Tracker = "none"
+    """Where metrics also go, through accelerate; log.jsonl is always written."""
+
+
+Run = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Train a byte-level BPE tokenizer."""
+
+    data_recipe: str = "tiny_world"
+    """A named recipe, or a text file or folder of text files."""
+    vocab_size: int | None = None
+    """Bytes, merges and special tokens together. None: 512 in the tiny world, else 32,768."""
+    model_tag: str | None = None
+    """Name of the tokenizer's folder. None: as the model of the same recipe and seed."""
+    seed: int = 0
+    """Seed of the tiny world."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Teach the tiny encoder to see (real recipes load a published encoder instead)."""
+
+    run: Run = field(default_factory=RunOptions)
+    learning_rate: float | None = None
+    """Peak of AdamW. None: by the recipe's rule."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Pretrain the decoder on text."""
+
+    run: Run = field(default_factory=RunOptions)
+    tokens_per_parameter: float = 12.0
+    """Length of a real run: training tokens per parameter of layers and head (nanochat's ratio)."""
+    matrix_lr: float | None = None
+    """Peak of Muon for the layers' matrices. None: by the recipe's rule."""
+    embedding_lr: float | None = None
+    """Peak of AdamW for the token embedding. None: by the recipe's rule."""
+    head_lr: float | None = None
+    """Peak of AdamW for the output head. None: by the recipe's rule."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json. None: the one of the model tag."""
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Train the connector alone on captions: decoder and encoder stay frozen."""
+
+    run: Run = field(default_factory=RunOptions)
+    source: str = "base"
+    """Kind of checkpoint to start from (its newest run, or the one of the recipe), or a checkpoint's folder."""
+    encoder: str | None = None
+    """Vision encoder. None: `tiny` in the tiny world, else siglip2_l16_384."""
+    encoder_weights: str | None = None
+    """`hub`, or a file. None: the warmed-up tiny encoder in the tiny world, else `hub`."""
+    connector: Literal["perceiver", "avgpool", "pixel_shuffle", "mlp"] | None = None
+    """None: perceiver."""
+    tokens_per_image: int | None = None
+    """Tokens that the connector makes of one image. None: by the recipe's rule."""
+    connector_lr: float | None = None
+    """Peak of the connector. None: by the recipe's rule."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Fine-tune on conversations about pictures, then evaluate.
+
+    In the tiny world, with no arguments, everything before it runs by itself.
+    """
+
+    run: Run = field(default_factory=RunOptions)
+    source: str = "mid"
+    """Kind of checkpoint to start from (its newest run, or the one of the recipe), or a checkpoint's folder."""
+    unfreeze_llm_layers: str = "all"
+    """Last layers of the decoder that learn: a number, or `all` (embedding and head too)."""
+    unfreeze_vit: bool = False
+    """Let the vision encoder learn as well."""
+    matrix_lr: float | None = None
+    """Peak of Muon for the decoder's matrices. None: by the recipe's rule."""
+    embedding_lr: float | None = None
+    """Peak of AdamW for the token embedding. None: by the recipe's rule."""
+    head_lr: float | None = None
+    """Peak of AdamW for the output head. None: by the recipe's rule."""
+    connector_lr: float | None = None
+    """Peak of the connector. None: by the recipe's rule."""
+    vision_lr: float = 2e-6
+    """Peak of AdamW for the encoder, with --unfreeze-vit (LLaVA-NeXT)."""
+    epochs: float = 1.0
+    """Passes over the data of a real recipe, unless --steps says otherwise."""
+    evaluate: bool = True
+    """Score the result on the recipe's held-out samples."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score a checkpoint on held-out samples, beside its blind and majority baselines."""
+
+    source: str = "sft"
+    """Kind of checkpoint (base, mid, sft), or a checkpoint's folder."""
+    model_tag: str | None = None
+    """Run of that kind. None: the newest."""
+    step: int | None = None
+    """None: the newest."""
+    data_recipe: str | None = None
+    """A named recipe or a folder. None: the one the checkpoint was trained on."""
+    max_samples: int | None = None
+    """Samples of each split. None: all."""
+    batch_size: int = 128
+    """Questions answered side by side."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""

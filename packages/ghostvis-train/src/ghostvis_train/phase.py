@@ -1,0 +1,219 @@
+"""What every phase does before it trains: data, names, derived numbers, the table of what learns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from ghostvis_data import Dataset, Recipe, Stream, TinyWorldSizes, open_recipe
+from ghostvis_model import checkpoint
+from ghostvis_model.config import VLMConfig
+from ghostvis_model.tokenizer import Tokenizer
+from ghostvis_train.context import Context, start
+from ghostvis_train.loop import Job, Plan
+from ghostvis_train.loop import Stream as Batches
+from ghostvis_train.optim import Optimizers
+from ghostvis_train.options import RunOptions, UserError
+from ghostvis_train.settings import Settings
+
+TINY_WORLD = "tiny_world"
+TINY_SIZES = TinyWorldSizes()
+MICRO_BATCH_ROWS = 8  # of real runs, unless --device-batch-size says otherwise
+
+
+def announce(phase: str, what: str) -> None:
+    """A heading for a phase."""
+    print(f"\n== {phase}: {what}", flush=True)
+
+
+def open_data(name: str, seed: int) -> Recipe:
+    """The recipe, its tiny world rendered with a progress line where it is not there yet."""
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        if done % 500 == 0 or done == total:
+            seconds = time.perf_counter() - started
+            end = "\n" if done == total else "\r"
+            left = seconds / done * (total - done)
+            print(
+                f"tiny world: {done}/{total} samples, {done / seconds:,.0f}/s, {left:.0f} s left ", end=end, flush=True
+            )
+
+    return open_recipe(name, seed=seed, sizes=TINY_SIZES, on_progress=progress if sys.stdout.isatty() else None)
+
+
+def tag_of(run: RunOptions, source: Path | None = None) -> str:
+    """Name of a run's folder: --model-tag, else `tiny`, else the depth or the source's name with the recipe's."""
+    if run.model_tag is not None:
+        return run.model_tag
+    if run.data_recipe == TINY_WORLD:
+        return "tiny" if run.seed == 0 else f"tiny-seed{run.seed}"
+    recipe = Path(run.data_recipe).resolve().name
+    if source is not None:
+        return f"{source.parent.name}-{recipe}"
+    if run.depth is None:
+        raise UserError(f"which depth? `--depth 20` for a model of 20 layers on {run.data_recipe} (an even number)")
+    return f"d{run.depth}"
+
+
+def start_phase(run: RunOptions, tag: str) -> Context:
+    """Device, ranks, seeds, log."""
+    return start(tag, run.seed, run.device, run.precision, run.tracker, run.run)
+
+
+def before(run: RunOptions) -> RunOptions:
+    """The options of a prerequisite: the same run, its own schedule."""
+    return replace(run, steps=None, total_batch_size=None, device_batch_size=None, save_every=None, log_every=None)
+
+
+def find_source(source: str, tag: str | None) -> Path:
+    """The checkpoint to start from: a folder, or the newest of a kind (of the run `tag`, where one is named)."""
+    if source in checkpoint.KINDS:
+        return checkpoint.find(source, tag)
+    return checkpoint.resolve(source)
+
+
+def make_stream(
+    recipe: Recipe,
+    phase: str,
+    tokenizer: Tokenizer,
+    model: VLMConfig,
+    settings: Settings,
+    run: RunOptions,
+    *,
+    loss_on: Literal["assistant", "all"] = "assistant",
+) -> Stream:
+    """The packed batches of a phase, with images at the model's size."""
+    row_tokens = run.context_length or settings.row_tokens
+    return Stream(
+        recipe.datasets(phase),
+        tokenizer,
+        tokens_per_image=model.tokens_per_image,
+        image_size=model.vision.image_size if model.vision else 0,
+        row_tokens=row_tokens,
+        rows_per_step=rows_per_step(run, settings, row_tokens),
+        seed=run.seed,
+        shares=recipe.shares(phase),
+        loss_on=loss_on,
+    )
+
+
+def rows_per_step(run: RunOptions, settings: Settings, row_tokens: int) -> int:
+    """Rows of an optimizer step. Raises UserError with the two nearest legal batch sizes."""
+    if run.total_batch_size is None:
+        return settings.rows_per_step
+    rows, rest = divmod(run.total_batch_size, row_tokens)
+    if rest or rows == 0:
+        below, above = max(1, rows) * row_tokens, (max(1, rows) + 1) * row_tokens
+        raise UserError(
+            f"--total-batch-size {run.total_batch_size} is not a multiple of the row's {row_tokens} tokens; "
+            f"nearest: {below} and {above}"
+        )
+    return rows
+
+
+def make_job(
+    phase: str,
+    kind: str,
+    run: RunOptions,
+    context: Context,
+    settings: Settings,
+    *,
+    model: nn.Module,
+    optimizers: Optimizers,
+    stream: Batches,
+    data: Sequence[Dataset],
+    steps: int,
+    tokenizer: Tokenizer | None,
+    config: dict[str, Any],
+    parent: Path | None = None,
+    notes: dict[str, str] | None = None,
+) -> Job:
+    """Derive, print and freeze every number of a run."""
+    rows = rows_per_step(run, settings, stream.row_tokens)
+    plan = Plan(
+        phase=phase,
+        data_recipe=run.data_recipe,
+        seed=run.seed,
+        steps=steps,
+        rows_per_step=rows,
+        row_tokens=stream.row_tokens,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        rates=settings.rates,
+        precision=context.precision,
+        notes=notes or {},
+        parent=checkpoint.read_meta(parent)["weights_hash"] if parent else None,
+        data=data_hash(data),
+    )
+    job = Job(
+        kind=kind,
+        model=model.to(context.device),
+        optimizers=optimizers,
+        stream=stream,
+        plan=plan,
+        tokenizer=tokenizer,
+        meta={"config": config, "parent": str(parent) if parent else None},
+        save_every=run.save_every or max(1, steps // 10),
+        log_every=run.log_every or max(1, steps // 20),
+        rows_per_micro_batch=run.device_batch_size or micro_batch_rows(run, rows, context.world),
+    )
+    describe(job, context)
+    return job
+
+
+def micro_batch_rows(run: RunOptions, rows: int, world: int) -> int:
+    """Rows of one micro-batch on one device: all of them in the tiny world, else the largest divisor up to 8."""
+    mine = max(1, rows // world)
+    if run.data_recipe == TINY_WORLD:
+        return mine
+    return max(n for n in range(1, min(mine, MICRO_BATCH_ROWS) + 1) if mine % n == 0)
+
+
+def describe(job: Job, context: Context) -> None:
+    """Print the plan and what learns."""
+    plan = job.plan
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in plan.rates.items())
+    context.say(
+        f"plan     {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
+        f"{job.rows_per_micro_batch} rows per micro-batch, {context.world} process(es), {plan.precision} on {context.device}"
+    )
+    context.say(f"rates    {rates}; rising over {plan.warmup:.0%}, falling over {plan.decay:.0%} of the steps")
+    for name, note in plan.notes.items():
+        context.say(f"{name:8s} {note}")
+    context.say(trainable_table(job.model))
+
+
+def trainable_table(model: nn.Module) -> str:
+    """Parameters of each part, and how many of them learn."""
+    lines = []
+    for name, part in model.named_children():
+        total = sum(parameter.numel() for parameter in part.parameters())
+        learning = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+        lines.append(f"weights  {name:10s} {total:>13,}  learning {learning:>13,}")
+    return "\n".join(lines)
+
+
+def describe_eyes(config: VLMConfig) -> dict[str, str]:
+    """Encoder and connector, for the plan."""
+    assert config.vision is not None
+    assert config.connector is not None
+    vision, connector = config.vision, config.connector
+    return {
+        "encoder": f"{vision.encoder}: {vision.image_size} px, {vision.num_patches} patches of width {vision.hidden_size}",
+        "eyes": f"{connector.kind}: {connector.tokens_per_image} tokens per image",
+    }
+
+
+def data_hash(datasets: Sequence[Dataset]) -> str:
+    """sha256 over the manifests of the data: their shards' checksums are in them."""
+    text = json.dumps([dataset.manifest for dataset in datasets], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

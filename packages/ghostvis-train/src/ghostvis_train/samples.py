@@ -1,0 +1,52 @@
+"""Sample pictures of an evaluation: the picture, what was asked, what was answered."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ghostvis_data import Question
+from ghostvis_model.images import load_image
+
+SIDE = 336
+TEXT_HEIGHT = 22
+COUNT = 4
+
+
+def save(folder: Path, asked: Sequence[Sequence[Question]], replies: Sequence[str]) -> list[Path]:
+    """Save the first pictures with their questions and answers as PNG files; their paths.
+
+    asked: questions grouped by sample; replies: one per question, in the same order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    first = 0
+    for group in asked:
+        answers, first = replies[first : first + len(group)], first + len(group)
+        if group and group[0].images and len(paths) < COUNT:
+            paths.append(folder / f"sample_{len(paths) + 1}.png")
+            picture(group, answers).save(paths[-1])
+    return paths
+
+
+def picture(questions: Sequence[Question], answers: Sequence[str]) -> Image.Image:
+    """The first question's picture with every question and answer beside it; wrong ones in red with what was expected."""
+    rows: list[tuple[str, str]] = []
+    for question, reply in zip(questions, answers, strict=True):
+        right = reply.strip().lower() == question.answer.strip().lower()
+        text = f"{question.text}  {reply}" + ("" if right else f"   (expected: {question.answer})")
+        rows += [(line, "#14532d" if right else "#b91c1c") for line in textwrap.wrap(text, 64) or [""]]
+    shown = load_image(questions[0].images[0])
+    scale = SIDE / max(shown.size)
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC
+    shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), method)
+    canvas = Image.new("RGB", (SIDE + 520, max(SIDE, len(rows) * TEXT_HEIGHT) + 24), "white")
+    canvas.paste(shown, (12, 12))
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(15)
+    for number, (line, colour) in enumerate(rows):
+        pen.text((SIDE + 28, 12 + number * TEXT_HEIGHT), line, fill=colour, font=font)
+    return canvas

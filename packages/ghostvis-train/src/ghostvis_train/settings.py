@@ -1,0 +1,89 @@
+"""Every number of a phase that a flag leaves open: one rule for the tiny world, one for the depth dial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log2
+
+from ghostvis_model.config import ConnectorKind, TextConfig, layer_params
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The schedule and the peak rates of a phase."""
+
+    rows_per_step: int
+    row_tokens: int
+    rates: dict[str, float]
+    """Peak learning rate of each group: matrix (Muon), embedding, head, connector, encoder (AdamW)."""
+    steps: int | None = None
+    """None: the phase counts them from its data."""
+    warmup: float = 0.0
+    """Share of the steps in which the rate rises."""
+    decay: float = 1.0
+    """Share of the steps in which it falls to zero."""
+
+    def with_rates(self, **given: float | None) -> Settings:
+        """The rule's rates, with those that flags gave."""
+        return replace(self, rates={**self.rates, **{name: rate for name, rate in given.items() if rate is not None}})
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """Encoder and connector of a recipe."""
+
+    encoder: str
+    connector: ConnectorKind
+    tokens_per_image: int
+
+
+TINY_DEPTH = 4
+TINY_VOCAB = 384
+TINY_CONTEXT = 512
+TINY_EYES = Eyes("tiny", "perceiver", 9)
+REAL_VOCAB = 32_768
+REAL_EYES = Eyes("siglip2_l16_384", "perceiver", 64)
+
+TINY = {
+    "vision": Settings(rows_per_step=128, row_tokens=1, rates={"encoder": 2e-3}, steps=600, warmup=0.05, decay=0.6),
+    "base": Settings(8, 512, {"matrix": 0.02, "embedding": 0.05, "head": 0.004}, steps=300, warmup=0.02, decay=0.6),
+    "align": Settings(8, 512, {"connector": 3e-3}, steps=150, warmup=0.05, decay=0.6),
+    "sft": Settings(
+        8, 512, {"matrix": 0.01, "embedding": 0.02, "head": 0.002, "connector": 2e-3}, steps=500, warmup=0.02, decay=0.6
+    ),
+}
+
+
+def real_base(text: TextConfig, tokens_per_parameter: float) -> Settings:
+    """nanochat's rule: batch from width, rates from batch, length from parameters of layers and head.
+
+    The batch is 2^19 tokens at width 768, growing with the tokens of the run to the power 0.383, as a power of two;
+    rates grow with the root of the batch; those of AdamW shrink with the root of the width.
+    """
+    parameters = text.num_layers * layer_params(text) + text.vocab_size * text.hidden_size
+    tokens = tokens_per_parameter * parameters
+    reference = tokens_per_parameter * 1.1e8  # depth 12 at vocabulary 32,768
+    exact = 2**19 * (tokens / reference) ** 0.383
+    batch = 2 ** round(log2(exact))
+    grown = (batch / 2**19) ** 0.5
+    narrow = (text.hidden_size / 768) ** -0.5
+    return Settings(
+        rows_per_step=max(1, batch // text.context_length),
+        row_tokens=text.context_length,
+        rates={"matrix": 0.02 * grown, "embedding": 0.3 * grown * narrow, "head": 0.008 * grown * narrow},
+        steps=max(1, round(tokens / batch)),
+        warmup=0.01,
+        decay=0.65,
+    )
+
+
+def real_align(text: TextConfig) -> Settings:
+    """LLaVA-1.5's stage one: connector alone at 1e-3; 32 rows of 2,048 tokens are about 350 captioned images."""
+    return Settings(32, text.context_length, {"connector": 1e-3}, warmup=0.03)
+
+
+def real_sft(text: TextConfig) -> Settings:
+    """A tenth of the pretraining rates for the decoder, 1e-4 for the connector."""
+    narrow = (text.hidden_size / 768) ** -0.5
+    rates = {"matrix": 0.002, "embedding": 0.03 * narrow, "head": 0.0008 * narrow, "connector": 1e-4}
+    return Settings(32, text.context_length, rates, warmup=0.03)
