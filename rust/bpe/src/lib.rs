@@ -1,6 +1,38 @@
-use pyo3::prelude::*;
+//! Byte-level BPE: train, encode, decode.
+//!
+//! ```
+//! use ghostvis_bpe::{Encoding, Pattern, Scratch, Trainer, Vocab};
+//!
+//! # fn main() -> ghostvis_bpe::Result<()> {
+//! let pattern = Pattern::new("ghostvis")?;
+//! let mut trainer = Trainer::new(pattern.clone(), 1);
+//! trainer.feed(&["the cat and the hat", "the bat"])?;
+//! let merges = trainer.finish(8, 1, |_| Ok(()))?;
+//! let bytes: Vec<u8> = (0..=255).collect();
+//! let encoding = Encoding::new(Vocab::from_merges(&bytes, &merges)?, pattern, vec![("<|bos|>".into(), 300)])?;
+//! let mut ids = Vec::new();
+//! encoding.encode_ordinary("the rat", &mut Scratch::default(), &mut ids)?;
+//! assert_eq!(encoding.decode_bytes(&ids)?, b"the rat");
+//! # Ok(())
+//! # }
+//! ```
 
-#[pymodule]
-fn _native(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
-}
+mod classes;
+mod count;
+mod encode;
+mod encoding;
+mod error;
+pub mod file;
+mod merge;
+#[cfg(feature = "python")]
+mod python;
+mod split;
+mod train;
+mod vocab;
+
+pub use encode::Scratch;
+pub use encoding::{Encoding, Specials};
+pub use error::{Error, Result};
+pub use split::{PRESETS, Pattern};
+pub use train::{MAX_VOCAB_SIZE, Trainer, all_cores, check_sizes};
+pub use vocab::Vocab;

@@ -1,0 +1,283 @@
+//! The merge loop of training, with work in proportion to the occurrences that a merge touches.
+//!
+//! The distinct pieces lie in one array of ids with a cell per byte. A token of n bytes writes its id into its first
+//! and its last cell, so both neighbours of any token are one step away; the cells where two tokens met are cleared.
+//! A pair can gain occurrences only in the step that makes its newer token, so its list of positions is written once
+//! and its count only falls: a heap of possibly stale counts, corrected when popped, gives the true maximum.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use hashbrown::HashMap;
+use rustc_hash::FxBuildHasher;
+
+use crate::count::PieceCounts;
+use crate::error::{Error, Result};
+
+/// Between pieces, and before the first.
+const BORDER: u32 = u32::MAX;
+/// Inside a token.
+const INSIDE: u32 = u32::MAX - 1;
+
+type Pair = (u32, u32);
+
+/// Positions are u32, which leaves room for 4 GB of distinct pieces.
+pub fn check_room(pieces: &PieceCounts) -> Result<()> {
+    let most = INSIDE as usize - 1;
+    if pieces.cells() > most {
+        let found = pieces.cells();
+        return Error::value(format!("texts: {found} bytes of distinct pieces, the most is {most}. Train on a sample"));
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+struct Live {
+    count: i64,
+    start: usize,
+    len: u32,
+}
+
+/// Changes of one step by neighbour id: weight and number of occurrences beside the new token.
+#[derive(Debug, Default)]
+struct Side {
+    weight: Vec<i64>,
+    occurrences: Vec<u32>,
+    touched: Vec<u32>,
+    events: Vec<(u32, u32)>, // (neighbour, position of the new pair)
+}
+
+impl Side {
+    fn add(&mut self, neighbour: u32, weight: i64, position: u32) {
+        let n = neighbour as usize;
+        if self.occurrences[n] == 0 {
+            self.touched.push(neighbour);
+        }
+        self.occurrences[n] += 1;
+        self.weight[n] += weight;
+        self.events.push((neighbour, position));
+    }
+}
+
+#[derive(Debug)]
+pub struct Merger {
+    cells: Vec<u32>,
+    lengths: Vec<u32>,
+    weights: Weights,
+    pairs: HashMap<Pair, Live, FxBuildHasher>,
+    positions: Vec<u32>,
+    heap: BinaryHeap<(i64, Reverse<Pair>)>,
+    min_frequency: i64,
+    left: Side,
+    right: Side,
+}
+
+impl Merger {
+    pub fn new(pieces: PieceCounts, min_frequency: i64) -> Result<Self> {
+        check_room(&pieces)?;
+        let mut sorted: Vec<_> = pieces.iter().collect();
+        sorted.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(b.0)));
+        let mut cells = Vec::with_capacity(pieces.cells() + 1);
+        let mut weights = Weights::default();
+        cells.push(BORDER);
+        for (piece, count) in sorted {
+            cells.extend(piece.iter().map(|&b| u32::from(b)));
+            cells.push(BORDER);
+            weights.push(count, cells.len() as u32);
+        }
+        drop(pieces);
+        let mut merger = Self {
+            cells,
+            lengths: vec![1; 256],
+            weights,
+            pairs: HashMap::default(),
+            positions: Vec::new(),
+            heap: BinaryHeap::new(),
+            min_frequency,
+            left: Side::default(),
+            right: Side::default(),
+        };
+        merger.count_byte_pairs();
+        Ok(merger)
+    }
+
+    fn count_byte_pairs(&mut self) {
+        let mut weight = vec![0i64; 1 << 16];
+        let mut next = vec![0usize; (1 << 16) + 1];
+        let slot = |w: &[u32]| if w[0] == BORDER || w[1] == BORDER { None } else { Some((w[0] << 8 | w[1]) as usize) };
+        let mut run = 0;
+        for (i, window) in self.cells.windows(2).enumerate() {
+            if let Some(s) = slot(window) {
+                weight[s] += self.weights.at(i as u32, &mut run);
+                next[s + 1] += 1;
+            }
+        }
+        for s in 0..1 << 16 {
+            next[s + 1] += next[s];
+        }
+        self.positions = vec![0; next[1 << 16]];
+        let starts = next.clone();
+        for (i, window) in self.cells.windows(2).enumerate() {
+            if let Some(s) = slot(window) {
+                self.positions[next[s]] = i as u32;
+                next[s] += 1;
+            }
+        }
+        for s in 0..1 << 16 {
+            let pair = ((s >> 8) as u32, (s & 255) as u32);
+            self.admit(pair, weight[s], starts[s], (starts[s + 1] - starts[s]) as u32);
+        }
+    }
+
+    fn admit(&mut self, pair: Pair, count: i64, start: usize, len: u32) {
+        if count >= self.min_frequency {
+            self.pairs.insert(pair, Live { count, start, len });
+            self.heap.push((count, Reverse(pair)));
+        }
+    }
+
+    /// Merges the most frequent pair and returns it; `None` when no pair is frequent enough.
+    pub fn step(&mut self) -> Option<Pair> {
+        let (pair, live) = self.pop()?;
+        let new = self.lengths.len() as u32;
+        self.lengths.push(self.lengths[pair.0 as usize] + self.lengths[pair.1 as usize]);
+        for side in [&mut self.left, &mut self.right] {
+            side.weight.resize(new as usize + 1, 0);
+            side.occurrences.resize(new as usize + 1, 0);
+        }
+        self.rewrite(pair, new, &live);
+        self.settle_left(pair, new);
+        self.settle_right(pair, new);
+        Some(pair)
+    }
+
+    fn pop(&mut self) -> Option<(Pair, Live)> {
+        while let Some((count, Reverse(pair))) = self.heap.pop() {
+            let now = self.pairs[&pair].count;
+            if now == count {
+                let live = self.pairs.remove(&pair).expect("found a line above");
+                return Some((pair, live));
+            }
+            if now >= self.min_frequency {
+                self.heap.push((now, Reverse(pair)));
+            } else {
+                self.pairs.remove(&pair);
+            }
+        }
+        None
+    }
+
+    /// Puts `new` wherever the pair stands and notes its neighbours on both sides.
+    fn rewrite(&mut self, (a, b): Pair, new: u32, live: &Live) {
+        let len_a = self.lengths[a as usize] as usize;
+        let len = self.lengths[new as usize] as usize;
+        let is_pair = |cells: &[u32], at: usize| cells[at] == a && cells[at + len_a] == b;
+        let mut run = 0;
+        for k in live.start..live.start + live.len as usize {
+            let at = self.positions[k] as usize;
+            if !is_pair(&self.cells, at) {
+                continue; // a neighbour took one half
+            }
+            let weight = self.weights.at(at as u32, &mut run);
+            self.cells[at + len_a - 1] = INSIDE;
+            self.cells[at + len_a] = INSIDE;
+            self.cells[at] = new;
+            self.cells[at + len - 1] = new;
+            let before = self.cells[at - 1];
+            if before != BORDER {
+                let start = at - self.lengths[before as usize] as usize;
+                self.left.add(before, weight, start as u32);
+            }
+            let after = self.cells[at + len];
+            // An occurrence that follows at once is going to be `new` itself, and notes the pair from its left.
+            if after != BORDER && !is_pair(&self.cells, at + len) {
+                self.right.add(after, weight, at as u32);
+            }
+        }
+    }
+
+    /// (x, a) becomes (x, new); where x is `new` itself, it was (b, a) that vanished.
+    fn settle_left(&mut self, (a, b): Pair, new: u32) {
+        let mut side = std::mem::take(&mut self.left);
+        let starts = self.place(&mut side);
+        for (&x, start) in side.touched.iter().zip(starts) {
+            let weight = std::mem::take(&mut side.weight[x as usize]);
+            let len = std::mem::take(&mut side.occurrences[x as usize]);
+            self.lose((if x == new { b } else { x }, a), weight);
+            self.admit((x, new), weight, start, len);
+        }
+        side.touched.clear();
+        self.left = side;
+    }
+
+    /// (b, y) becomes (new, y).
+    fn settle_right(&mut self, (_, b): Pair, new: u32) {
+        let mut side = std::mem::take(&mut self.right);
+        let starts = self.place(&mut side);
+        for (&y, start) in side.touched.iter().zip(starts) {
+            let weight = std::mem::take(&mut side.weight[y as usize]);
+            let len = std::mem::take(&mut side.occurrences[y as usize]);
+            self.lose((b, y), weight);
+            self.admit((new, y), weight, start, len);
+        }
+        side.touched.clear();
+        self.right = side;
+    }
+
+    /// Sorts the events of a side by neighbour into `positions`; returns where each neighbour's list starts.
+    fn place(&mut self, side: &mut Side) -> Vec<usize> {
+        let mut starts = Vec::with_capacity(side.touched.len());
+        let mut next = self.positions.len();
+        for (i, &n) in side.touched.iter().enumerate() {
+            starts.push(next);
+            next += side.occurrences[n as usize] as usize;
+            // From here on `occurrences` holds the neighbour's index in `starts`; restored below.
+            side.occurrences[n as usize] = i as u32;
+        }
+        self.positions.resize(next, 0);
+        let mut cursor = starts.clone();
+        for (neighbour, position) in side.events.drain(..) {
+            let cursor = &mut cursor[side.occurrences[neighbour as usize] as usize];
+            self.positions[*cursor] = position;
+            *cursor += 1;
+        }
+        for (i, &n) in side.touched.iter().enumerate() {
+            side.occurrences[n as usize] = (cursor[i] - starts[i]) as u32;
+        }
+        starts
+    }
+
+    /// Pairs that were never admitted, and the pair just merged, are not in the table.
+    fn lose(&mut self, pair: Pair, weight: i64) {
+        if let Some(live) = self.pairs.get_mut(&pair) {
+            live.count -= weight;
+        }
+    }
+}
+
+/// How often the piece around a position occurs. Pieces are sorted by count, so equal counts form runs.
+#[derive(Debug, Default)]
+struct Weights {
+    ends: Vec<u32>,
+    counts: Vec<i64>,
+}
+
+impl Weights {
+    fn push(&mut self, count: i64, end: u32) {
+        match (self.counts.last(), self.ends.last_mut()) {
+            (Some(&last), Some(last_end)) if last == count => *last_end = end,
+            _ => {
+                self.counts.push(count);
+                self.ends.push(end);
+            }
+        }
+    }
+
+    /// `run` is the caller's cursor; positions are asked in ascending order.
+    fn at(&self, position: u32, run: &mut usize) -> i64 {
+        if position >= self.ends[*run] {
+            *run += self.ends[*run..].partition_point(|&end| end <= position);
+        }
+        self.counts[*run]
+    }
+}

@@ -1,0 +1,130 @@
+//! Training: count the distinct pieces, then merge the most frequent pair until the vocabulary is full.
+//!
+//! The result is a function of the text alone: ties go to the smallest (left id, right id), counts are 64-bit, and
+//! neither the number of threads nor the order of the texts matters.
+
+use std::thread;
+
+use crate::count::PieceCounts;
+use crate::error::{Error, Result};
+use crate::merge::{Merger, check_room};
+use crate::split::Pattern;
+
+/// Ids are u32 and every merge costs memory; no tokenizer in use is near this.
+pub const MAX_VOCAB_SIZE: usize = 1 << 24;
+
+/// Collects the pieces of a corpus in one table per thread.
+pub struct Trainer {
+    pattern: Pattern,
+    tables: Vec<PieceCounts>,
+}
+
+impl Trainer {
+    pub fn new(pattern: Pattern, threads: usize) -> Self {
+        Self { pattern, tables: (0..threads.max(1)).map(|_| PieceCounts::default()).collect() }
+    }
+
+    /// Counts the pieces of `texts`, each a document of its own.
+    pub fn feed<S: AsRef<str> + Sync>(&mut self, texts: &[S]) -> Result<()> {
+        let pattern = &self.pattern;
+        let shares = split_by_bytes(texts, self.tables.len());
+        let work = |table: &mut PieceCounts, share: &[S]| -> Result<()> {
+            // A piece of one byte has no pair to merge.
+            let mut add = |piece: &[u8]| {
+                if piece.len() > 1 {
+                    table.add(piece, 1)
+                }
+            };
+            share.iter().try_for_each(|text| pattern.split(text.as_ref(), &mut add))?;
+            check_room(table)
+        };
+        thread::scope(|scope| {
+            let mut jobs = self.tables.iter_mut().zip(shares);
+            let own = jobs.next();
+            let spawned: Vec<_> = jobs
+                .filter(|(_, share)| !share.is_empty())
+                .map(|(table, share)| scope.spawn(move || work(table, share)))
+                .collect();
+            let mut result = own.map_or(Ok(()), |(table, share)| work(table, share));
+            for job in spawned {
+                result = result.and(job.join().expect("counting does not panic"));
+            }
+            result
+        })
+    }
+
+    /// Learns at most `merges` merges, as pairs of ids: a byte is its own id, merge `i` makes id `256 + i`.
+    ///
+    /// Stops early when no pair occurs `min_frequency` times. `progress` gets the number of merges done, now and
+    /// then, and stops the training by returning an error.
+    pub fn finish(
+        self,
+        merges: usize,
+        min_frequency: i64,
+        mut progress: impl FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<(u32, u32)>> {
+        let mut tables = self.tables.into_iter();
+        let mut pieces = tables.next().expect("a trainer has a table");
+        for table in tables {
+            pieces.merge(&table);
+        }
+        let mut merger = Merger::new(pieces, min_frequency)?;
+        let mut learned = Vec::new();
+        while learned.len() < merges {
+            if learned.len() % 64 == 0 {
+                progress(learned.len())?;
+            }
+            match merger.step() {
+                Some(pair) => learned.push(pair),
+                None => break,
+            }
+        }
+        progress(learned.len())?;
+        Ok(learned)
+    }
+}
+
+/// Cuts `texts` into `shares` consecutive runs of about equal bytes.
+pub fn split_by_bytes<S: AsRef<str>>(texts: &[S], shares: usize) -> Vec<&[S]> {
+    let total: usize = texts.iter().map(|t| t.as_ref().len()).sum();
+    let mut rest = texts;
+    let mut bytes_left = total;
+    (0..shares)
+        .map(|share| {
+            let goal = bytes_left.div_ceil(shares - share);
+            let mut taken = 0;
+            let count = rest
+                .iter()
+                .take_while(|t| {
+                    let before = taken;
+                    taken += t.as_ref().len();
+                    before < goal
+                })
+                .count();
+            let count = if share + 1 == shares { rest.len() } else { count };
+            let (own, others) = rest.split_at(count);
+            bytes_left -= own.iter().map(|t| t.as_ref().len()).sum::<usize>();
+            rest = others;
+            own
+        })
+        .collect()
+}
+
+/// The threads that `None` stands for.
+pub fn all_cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+pub fn check_sizes(vocab_size: usize, special_tokens: usize, min_frequency: i64) -> Result<()> {
+    let least = 256 + special_tokens;
+    if vocab_size < least || vocab_size > MAX_VOCAB_SIZE {
+        return Error::value(format!(
+            "vocab_size: {vocab_size} is out of range: it counts the 256 bytes and {special_tokens} special tokens, \
+             so at least {least} and at most {MAX_VOCAB_SIZE}"
+        ));
+    }
+    if min_frequency < 1 {
+        return Error::value(format!("min_frequency: {min_frequency} should be at least 1"));
+    }
+    Ok(())
+}

@@ -1,0 +1,189 @@
+//! The tokens and the two tables that encoding looks into: bytes to id, and pair of ids to id.
+//!
+//! Merging follows ranks as tiktoken does: the id is the rank, and any two neighbours whose bytes together are a
+//! token may merge. So the pair table holds every split of every token into two tokens.
+
+use hashbrown::{HashMap, HashSet, HashTable};
+use rustc_hash::FxBuildHasher;
+
+use crate::count::hash_bytes;
+use crate::error::{Error, Result};
+
+pub const NONE: u32 = u32::MAX;
+/// Forty merges that each double a token would ask for a terabyte; a damaged file must not take the machine down.
+const MAX_BYTES: usize = 1 << 28;
+
+#[derive(Debug)]
+pub struct Vocab {
+    arena: Vec<u8>,
+    /// Token `id` is `arena[offsets[id]..offsets[id + 1]]`; an id without a token is empty.
+    offsets: Vec<usize>,
+    tokens: usize,
+    by_bytes: HashTable<u32>,
+    byte_ids: [u32; 256],
+    /// `left << 8 | right`, both bytes: the id of the two together.
+    byte_pairs: Vec<u32>,
+    pairs: HashMap<u64, u32, FxBuildHasher>,
+    /// Bytes of the longest token.
+    longest: usize,
+}
+
+#[inline(always)]
+fn pair_key(left: u32, right: u32) -> u64 {
+    u64::from(left) << 32 | u64::from(right)
+}
+
+/// Bytes as Python and rustc print them, for messages.
+pub fn show(bytes: &[u8]) -> String {
+    format!("b\"{}\"", bytes.escape_ascii())
+}
+
+impl Vocab {
+    /// From tokens and their ids, in any order. Every single byte must be a token; ids may leave gaps.
+    pub fn new<B: AsRef<[u8]>>(tokens: &[(B, u32)]) -> Result<Self> {
+        let mut sorted: Vec<(&[u8], u32)> = tokens.iter().map(|(b, id)| (b.as_ref(), *id)).collect();
+        sorted.sort_unstable_by_key(|t| t.1);
+        let mut vocab = Self {
+            arena: Vec::with_capacity(sorted.iter().map(|t| t.0.len()).sum()),
+            offsets: Vec::with_capacity(sorted.len() + 1),
+            tokens: sorted.len(),
+            by_bytes: HashTable::with_capacity(sorted.len()),
+            byte_ids: [NONE; 256],
+            byte_pairs: Vec::new(),
+            pairs: HashMap::default(),
+            longest: usize::MAX,
+        };
+        for (bytes, id) in sorted {
+            vocab.push(bytes, id)?;
+        }
+        vocab.offsets.push(vocab.arena.len());
+        for byte in 0..=255u8 {
+            vocab.byte_ids[byte as usize] = match vocab.id(&[byte]) {
+                Some(id) => id,
+                None => return Error::value(format!("vocabulary: the single byte {} is not a token", show(&[byte]))),
+            };
+        }
+        vocab.index_pairs();
+        Ok(vocab)
+    }
+
+    /// From the bytes in id order and the merges that follow them.
+    pub fn from_merges(bytes: &[u8], merges: &[(u32, u32)]) -> Result<Self> {
+        let mut tokens: Vec<(Vec<u8>, u32)> = (0u32..).zip(bytes).map(|(id, &b)| (vec![b], id)).collect();
+        let mut total = 0;
+        for (i, &(left, right)) in merges.iter().enumerate() {
+            let part = |id: u32| match tokens.get(id as usize) {
+                Some((bytes, _)) => Ok(bytes.as_slice()),
+                None => Error::value(format!(
+                    "merge {i}, ({left}, {right}): id {id} does not exist yet, the largest so far is {}",
+                    tokens.len() - 1
+                )),
+            };
+            let (left_bytes, right_bytes) = (part(left)?, part(right)?);
+            total += left_bytes.len() + right_bytes.len();
+            if total > MAX_BYTES {
+                return Error::value(format!(
+                    "merge {i}, ({left}, {right}): the tokens together exceed {MAX_BYTES} bytes"
+                ));
+            }
+            let token = [left_bytes, right_bytes].concat();
+            tokens.push((token, tokens.len() as u32));
+        }
+        Self::new(&tokens)
+    }
+
+    fn push(&mut self, bytes: &[u8], id: u32) -> Result<()> {
+        if id as usize >= crate::train::MAX_VOCAB_SIZE {
+            return Error::value(format!("vocabulary: id {id} of token {} is too large", show(bytes)));
+        }
+        if bytes.is_empty() {
+            return Error::value(format!("vocabulary: token {id} is empty"));
+        }
+        if self.offsets.len() > id as usize {
+            return Error::value(format!("vocabulary: id {id} is given twice, once to {}", show(bytes)));
+        }
+        if let Some(other) = self.id(bytes) {
+            return Error::value(format!("vocabulary: token {} has two ids, {other} and {id}", show(bytes)));
+        }
+        self.offsets.resize(id as usize + 1, self.arena.len());
+        self.arena.extend_from_slice(bytes);
+        let Self { arena, offsets, by_bytes, .. } = self;
+        // While tokens are pushed in id order, the next offset is not there yet for the newest one only.
+        let bytes_of = |id: u32| {
+            let end = offsets.get(id as usize + 1).copied().unwrap_or(arena.len());
+            &arena[offsets[id as usize]..end]
+        };
+        by_bytes.insert_unique(hash_bytes(bytes), id, |&id| hash_bytes(bytes_of(id)));
+        Ok(())
+    }
+
+    fn index_pairs(&mut self) {
+        let mut byte_pairs = vec![NONE; 1 << 16];
+        let mut pairs = HashMap::default();
+        // A corpus of one repeated letter makes tokens of any length; no cut is looked up unless tokens of both
+        // lengths exist, which keeps such a token from costing its length squared.
+        let lengths: HashSet<usize, FxBuildHasher> =
+            (0..self.id_bound()).filter_map(|id| self.bytes(id)).map(<[u8]>::len).collect();
+        for id in 0..self.id_bound() {
+            let Some(token) = self.bytes(id) else { continue };
+            let cuts = 1..token.len();
+            for cut in cuts.filter(|cut| lengths.contains(cut) && lengths.contains(&(token.len() - cut))) {
+                if let (Some(left), Some(right)) = (self.id(&token[..cut]), self.id(&token[cut..])) {
+                    pairs.insert(pair_key(left, right), id);
+                }
+            }
+            if let [left, right] = token {
+                byte_pairs[(*left as usize) << 8 | *right as usize] = id;
+            }
+        }
+        self.byte_pairs = byte_pairs;
+        self.pairs = pairs;
+        self.longest = lengths.into_iter().max().unwrap_or(0);
+    }
+
+    /// One more than the largest id.
+    pub fn id_bound(&self) -> u32 {
+        (self.offsets.len() - 1) as u32
+    }
+
+    /// The number of tokens; less than `id_bound` where ids leave gaps.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The bytes of a token, `None` for an id that has none.
+    #[inline]
+    pub fn bytes(&self, id: u32) -> Option<&[u8]> {
+        let i = id as usize;
+        let end = *self.offsets.get(i + 1)?;
+        let start = self.offsets[i];
+        if start == end { None } else { Some(&self.arena[start..end]) }
+    }
+
+    #[inline]
+    pub fn id(&self, bytes: &[u8]) -> Option<u32> {
+        if bytes.len() > self.longest {
+            return None;
+        }
+        let end = |id: u32| self.offsets.get(id as usize + 1).copied().unwrap_or(self.arena.len());
+        let same = |&id: &u32| &self.arena[self.offsets[id as usize]..end(id)] == bytes;
+        self.by_bytes.find(hash_bytes(bytes), same).copied()
+    }
+
+    #[inline(always)]
+    pub fn byte_id(&self, byte: u8) -> u32 {
+        self.byte_ids[byte as usize]
+    }
+
+    /// The id of two bytes together, or `NONE`.
+    #[inline(always)]
+    pub fn byte_pair(&self, left: u8, right: u8) -> u32 {
+        self.byte_pairs[(left as usize) << 8 | right as usize]
+    }
+
+    /// The id of two tokens together, or `NONE`.
+    #[inline(always)]
+    pub fn pair(&self, left: u32, right: u32) -> u32 {
+        self.pairs.get(&pair_key(left, right)).copied().unwrap_or(NONE)
+    }
+}

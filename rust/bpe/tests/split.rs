@@ -1,0 +1,130 @@
+//! The hand-written scanner cuts exactly as its regular expression does.
+
+use std::sync::LazyLock;
+
+use ghostvis_bpe::{PRESETS, Pattern};
+use proptest::prelude::*;
+
+fn pieces(pattern: &Pattern, text: &str) -> Vec<String> {
+    let mut pieces = Vec::new();
+    let each = |piece: &[u8]| pieces.push(String::from_utf8(piece.to_vec()).expect("a piece is whole characters"));
+    pattern.split(text, each).expect("short texts split");
+    pieces
+}
+
+/// Each preset, and its regex in a group: that is no longer the preset, so it goes through the regex engine.
+static BOTH: LazyLock<Vec<(Pattern, Pattern)>> = LazyLock::new(|| {
+    let compile = |regex: &str| Pattern::new(regex).expect("presets compile");
+    PRESETS.iter().map(|(name, regex)| (compile(name), compile(&format!("(?:{regex})")))).collect()
+});
+
+/// A few members of every class that a pattern tells apart.
+fn class_alphabet() -> impl Strategy<Value = String> {
+    let members = [
+        " ",
+        " ",
+        "\t",
+        "\r",
+        "\n",
+        "\u{a0}",
+        "\u{3000}",
+        "\u{85}",
+        "\u{1c}",
+        "'",
+        "'",
+        "s",
+        "S",
+        "ſ",
+        "ll",
+        "LL",
+        "ve",
+        "Re",
+        "rE",
+        "m",
+        "d",
+        "T",
+        "a",
+        "Z",
+        "é",
+        "É",
+        "ǅ",
+        "ʰ",
+        "中",
+        "क",
+        "ि",
+        "\u{301}",
+        "1",
+        "2",
+        "٣",
+        "Ⅷ",
+        "½",
+        "!",
+        "/",
+        "-",
+        "_",
+        "€",
+        "😀",
+        "\u{200d}",
+        "\u{0}",
+        "\u{10ffff}",
+    ];
+    prop::collection::vec(prop::sample::select(members.to_vec()), 0..40).prop_map(|parts| parts.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_preset_splits_as_its_regex(text in prop_oneof![class_alphabet(), ".{0,40}"]) {
+        for (preset, slow) in &*BOTH {
+            prop_assert_eq!(pieces(preset, &text), pieces(slow, &text), "{} on {:?}", preset.regex(), text);
+        }
+    }
+
+    #[test]
+    fn pieces_join_to_the_text_even_where_a_regex_leaves_gaps(text in class_alphabet()) {
+        for regex in [r"\p{L}+", r"\d", "x*", "(?=a)"] {
+            prop_assert_eq!(pieces(&Pattern::new(regex).unwrap(), &text).concat(), text.clone());
+        }
+    }
+}
+
+#[test]
+fn every_code_point_splits_as_the_regex_says() {
+    let all: Vec<char> = ('\0'..=char::MAX).collect();
+    for chunk in all.chunks(4096) {
+        let text: String = chunk.iter().flat_map(|&c| ['a', c, '1', ' ', c]).collect();
+        for (preset, slow) in &*BOTH {
+            assert_eq!(pieces(preset, &text), pieces(slow, &text), "{} from U+{:04X}", preset.regex(), chunk[0] as u32);
+        }
+    }
+}
+
+#[test]
+fn blanks_before_a_word_leave_it_the_last_character_not_the_last_byte() {
+    let pattern = Pattern::new("ghostvis").unwrap();
+    assert_eq!(pieces(&pattern, "a\u{3000}\u{3000}\u{3000}b"), ["a", "\u{3000}\u{3000}", "\u{3000}b"]);
+    assert_eq!(pieces(&pattern, "a\n  "), ["a", "\n", "  "]);
+    assert_eq!(pieces(&Pattern::new("cl100k").unwrap(), "a\n  "), ["a", "\n  "]);
+}
+
+#[test]
+fn the_long_s_is_a_contraction_except_in_gpt2() {
+    assert_eq!(pieces(&Pattern::new("ghostvis").unwrap(), "it'ſx"), ["it", "'ſ", "x"]);
+    assert_eq!(pieces(&Pattern::new("gpt2").unwrap(), "it'ſx"), ["it", "'", "ſx"]);
+}
+
+#[test]
+fn ten_million_blanks_before_a_word_are_two_pieces() {
+    let text = " ".repeat(10_000_000) + "x";
+    for (name, _) in PRESETS {
+        assert_eq!(pieces(&Pattern::new(name).unwrap(), &text).len(), 2);
+    }
+}
+
+#[test]
+fn a_custom_regex_that_gives_up_is_an_error() {
+    let text = " ".repeat(2_000_000) + "x";
+    let error = Pattern::new(r"(?:\s+(?!\S))|x").unwrap().split(&text, |_| ()).unwrap_err();
+    assert!(error.to_string().contains("gave up after byte 0"), "{error}");
+}

@@ -1,0 +1,282 @@
+"""Promises of the Python face: training, encoding, decoding, special tokens, errors."""
+
+import itertools
+import pickle
+import signal
+import threading
+import tomllib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ghostvis_bpe
+from ghostvis_bpe import Encoding
+
+FOLDER = Path(__file__).parent.parent
+TEXTS = [
+    "the cat sat on the mat, and the hat is that of the cat. " * 3,
+    "def f(x):\n    return x + 12345\n\n\n\tif x:  pass\n" * 3,
+    "Grüße aus Köln, 中文中文 中文, привет привет, it's they'LL I'm'ſ 😀😀 👩‍👩‍👧",
+    "aaaaaaaa abababab bcbcbc     x\u3000\u3000y \r\n\r\n  1234567",
+]
+SPECIALS = ["<|bos|>", "<|image|>"]
+
+
+@cache
+def trained() -> Encoding:
+    return ghostvis_bpe.train(TEXTS, 370, special_tokens=SPECIALS)
+
+
+@pytest.fixture
+def encoding() -> Encoding:
+    return trained()
+
+
+def slow_train(words: list[str], merges: int) -> list[tuple[int, int]]:
+    """Recount everything before each merge; ties go to the smallest pair of ids."""
+    pieces = [list(word.encode()) for word in words]
+    learned: list[tuple[int, int]] = []
+    while len(learned) < merges:
+        counts = Counter(pair for piece in pieces for pair in itertools.pairwise(piece))
+        if not counts:
+            break
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        learned.append(pair)
+        for piece in pieces:
+            i = 0
+            while i + 1 < len(piece):
+                if (piece[i], piece[i + 1]) == pair:
+                    piece[i : i + 2] = [255 + len(learned)]
+                i += 1
+    return learned
+
+
+@given(st.lists(st.text(alphabet="abcé中", min_size=1, max_size=20), min_size=1, max_size=12))
+def test_training_equals_recounting_before_every_merge(words: list[str]) -> None:
+    expected = slow_train(words, 20)
+    trained = ghostvis_bpe.train(words, 256 + len(expected))  # words of letters are one piece each
+    assert trained.merges == expected
+
+
+def test_the_vocabulary_is_bytes_then_merges_then_special_tokens(encoding: Encoding) -> None:
+    assert encoding.vocab_size == 370
+    assert encoding.special_tokens == {"<|bos|>": 368, "<|image|>": 369}
+    assert [encoding.token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+    left, right = encoding.merges[0]
+    assert encoding.token_bytes(256) == encoding.token_bytes(left) + encoding.token_bytes(right)
+    assert len(encoding.merges) == 370 - 256 - 2
+
+
+def test_training_does_not_depend_on_threads_or_order() -> None:
+    hashes = {ghostvis_bpe.train(texts, 350, threads=n).hash for n in (1, 2, 5) for texts in (TEXTS, TEXTS[::-1])}
+    assert len(hashes) == 1
+
+
+def test_training_reads_an_iterator_and_files(tmp_path: Path) -> None:
+    files = []
+    for i, text in enumerate(TEXTS):
+        files.append(tmp_path / f"{i}.txt")
+        files[-1].write_text(text, encoding="utf-8", newline="")
+    whole = ghostvis_bpe.train(iter(TEXTS), 350)
+    assert ghostvis_bpe.train(files, 350) == whole
+    assert ghostvis_bpe.train([files[0], *TEXTS[1:]], 350) == whole
+    assert ghostvis_bpe.train(files[0], 270) == ghostvis_bpe.train([TEXTS[0]], 270)
+    files[2].write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"2\.txt: not UTF-8"):
+        ghostvis_bpe.train(files, 350)
+
+
+def test_a_text_too_small_for_the_vocabulary_warns_with_both_numbers() -> None:
+    with pytest.warns(UserWarning, match="vocabulary of 258, 1000 was asked for"):
+        small = ghostvis_bpe.train(["aba"], 1000)
+    assert small.vocab_size == 258
+    with pytest.warns(UserWarning, match="vocabulary of 257, 1000"):
+        ghostvis_bpe.train(["ab ab", "ab cd"], 1000, min_frequency=2)
+
+
+def test_progress_is_told_and_its_exception_ends_the_training() -> None:
+    calls: list[tuple[str, int, int | None]] = []
+    ghostvis_bpe.train(TEXTS, 300, on_progress=lambda *call: calls.append(call))
+    assert ("read", sum(len(text.encode()) for text in TEXTS), None) in calls
+    assert calls[-1] == ("merge", 44, 44)
+
+    def refuse(phase: str, done: int, total: int | None) -> None:
+        raise RuntimeError(f"no more {phase}")
+
+    with pytest.raises(RuntimeError, match="no more read"):
+        ghostvis_bpe.train(TEXTS, 300, on_progress=refuse)
+
+
+def test_control_c_ends_the_training() -> None:
+    def endless():
+        while True:
+            yield "the cat sat on the mat"
+
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        ghostvis_bpe.train(endless(), 300)
+    timer.join()
+
+
+def test_an_exception_of_the_iterator_comes_through() -> None:
+    def broken():
+        yield "a"
+        raise LookupError("row 7")
+
+    with pytest.raises(LookupError, match="row 7"):
+        ghostvis_bpe.train(broken(), 300)
+
+
+@given(st.text())
+def test_decoding_undoes_encoding(text: str) -> None:
+    encoding = trained()
+    ids = encoding.encode_ordinary(text)
+    assert encoding.decode(ids, errors="strict") == text
+    assert encoding.decode_bytes(ids) == text.encode()
+    assert encoding.count(text) == len(ids)
+    assert encoding.encode(text, disallowed_special=()) == ids
+
+
+@given(st.lists(st.sampled_from(["<|bos|>", "<|image|>", "<|", "bos|>", " ", "a"]), max_size=8).map("".join))
+def test_encode_ordinary_never_makes_a_special_token(text: str) -> None:
+    encoding = trained()
+    assert not set(encoding.encode_ordinary(text)) & set(encoding.special_tokens.values())
+    assert all(not set(ids) & {368, 369} for ids in encoding.encode_batch([text]))
+
+
+@given(st.lists(st.integers(0, 369)))
+def test_any_ids_decode(ids: list[int]) -> None:
+    encoding = trained()
+    assert encoding.decode(ids) == encoding.decode_bytes(ids).decode(errors="replace")
+    assert encoding.decode_bytes(ids) == b"".join(map(encoding.token_bytes, ids))
+
+
+def test_special_tokens_raise_unless_allowed_or_made_plain(encoding: Encoding) -> None:
+    with pytest.raises(ValueError, match=r'special token "<\|image\|>" at byte 3'):
+        encoding.encode("aé<|image|>")
+    with pytest.raises(ValueError, match=r"at byte 7"):
+        encoding.encode("<|bos|><|image|>", allowed_special={"<|bos|>"})
+    assert encoding.encode("a<|bos|>b", allowed_special="all") == [97, 368, 98]
+    assert encoding.encode("a<|bos|>", {"<|bos|>"}) == [97, 368]
+    plain = encoding.encode_ordinary("a<|bos|>")
+    assert encoding.encode("a<|bos|>", disallowed_special=()) == plain
+    assert encoding.decode([97, 368]) == "a<|bos|>"
+    with pytest.raises(ValueError, match=r"allowed_special: \[\"<\|nope\|>\"\] not among"):
+        encoding.encode("a", allowed_special={"<|nope|>"})
+
+
+def test_overlapping_special_tokens_take_the_leftmost_then_the_longest(encoding: Encoding) -> None:
+    more = encoding.with_special_tokens(["<a>", "<a><b>", "b>c"])
+    assert more.encode("<a><b>c", allowed_special="all") == [371, 99]
+
+
+def test_new_special_tokens_move_no_id(encoding: Encoding) -> None:
+    more = encoding.with_special_tokens(["<|x|>", "<|y|>"])
+    assert more.special_tokens == {"<|bos|>": 368, "<|image|>": 369, "<|x|>": 370, "<|y|>": 371}
+    assert (more.vocab_size, encoding.vocab_size) == (372, 370)
+    assert more.ranks == encoding.ranks
+    assert more.hash != encoding.hash
+    with pytest.raises(ValueError, match=r'"<\|bos\|>" is given twice'):
+        encoding.with_special_tokens(["<|bos|>"])
+
+
+def test_lone_surrogates_become_replacement_characters_and_pairs_are_joined(encoding: Encoding) -> None:
+    assert encoding.decode(encoding.encode_ordinary("a\ud83db")) == "a\ufffdb"
+    assert encoding.encode_ordinary("\ud83d\ude00") == encoding.encode_ordinary("😀")
+
+
+def test_a_batch_is_each_text_alone_whatever_the_threads(encoding: Encoding) -> None:
+    texts = [*TEXTS, "", "a"] * 5
+    alone = [encoding.encode_ordinary(text) for text in texts]
+    assert all(encoding.encode_batch(texts, threads=n) == alone for n in (None, 1, 2, 7, 100))
+    assert encoding.encode_batch(iter(texts)) == alone
+    assert encoding.encode_batch([]) == []
+
+
+def test_threads_share_an_encoding(encoding: Encoding) -> None:
+    expected = [encoding.encode_ordinary(text * 50) for text in TEXTS]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: encoding.encode_ordinary(TEXTS[i % 4] * 50), range(40)))
+    assert results == expected * 10
+
+
+def test_numpy_arrays_go_out_and_in(encoding: Encoding) -> None:
+    np = pytest.importorskip("numpy")
+    array = encoding.encode_to_numpy(TEXTS[0])
+    assert array.dtype == np.uint32
+    assert array.flags.writeable
+    assert array.tolist() == encoding.encode_ordinary(TEXTS[0])
+    assert encoding.encode_to_numpy("").shape == (0,)
+    assert encoding.decode(array) == encoding.decode(array.astype(np.int64)) == encoding.decode(array[::1]) == TEXTS[0]
+    assert encoding.decode(array[::-1]) == encoding.decode(array.tolist()[::-1])
+    with pytest.raises(ValueError, match="2 dimensions"):
+        encoding.decode(array[:4].reshape(2, 2))
+
+
+def test_an_encoding_is_pickled_compared_and_hashed(encoding: Encoding) -> None:
+    copy = pickle.loads(pickle.dumps(encoding))
+    assert copy == encoding
+    assert hash(copy) == hash(encoding)
+    assert copy != encoding.with_special_tokens(["<|x|>"])
+    assert encoding != "something else"
+    assert copy.encode("<|bos|>" + TEXTS[2], allowed_special="all") == [368, *encoding.encode_ordinary(TEXTS[2])]
+
+
+@pytest.mark.parametrize(
+    "ids, error, message",
+    [
+        ([0, 370], ValueError, r"ids\[1\]: no token has id 370, the vocabulary has 370 ids"),
+        ([-1], ValueError, r"ids\[0\]: -1 is not a token id"),
+        ([1 << 40], ValueError, r"ids\[0\]"),
+        (["a"], TypeError, r"ids\[0\]"),
+        ([1.5], TypeError, r"ids\[0\]"),
+    ],
+)
+def test_wrong_ids_are_named(encoding: Encoding, ids: list[object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        encoding.decode(ids)  # ty: ignore[invalid-argument-type]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"vocab_size": 257, "special_tokens": SPECIALS}, "vocab_size: 257 .* at least 258"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"vocab_size": 1 << 40}, "vocab_size"),
+        ({"vocab_size": 300, "pattern": "(a"}, r"pattern: .* does not compile"),
+        ({"vocab_size": 300, "pattern": "gpt9"}, "not a known name"),
+        ({"vocab_size": 300, "min_frequency": 0}, "min_frequency"),
+        ({"vocab_size": 300, "threads": 0}, "threads"),
+        ({"vocab_size": 300, "special_tokens": ["a", "a"]}, r"special_tokens\[1\]: \"a\" is given twice"),
+        ({"vocab_size": 300, "special_tokens": [""]}, r"special_tokens\[0\]: the name is empty"),
+    ],
+)
+def test_wrong_arguments_of_train_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ghostvis_bpe.train(TEXTS, **arguments)
+
+
+def test_a_single_string_is_not_a_list_of_letters(encoding: Encoding) -> None:
+    with pytest.raises(TypeError, match="one str"):
+        ghostvis_bpe.train("the text", 300)
+    with pytest.raises(TypeError, match="one str"):
+        encoding.encode_batch("the text")
+    with pytest.raises(TypeError, match=r"texts\[1\]: expected str, found int"):
+        encoding.encode_batch(["a", 3])  # ty: ignore[invalid-argument-type]
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_001, " " * 1_000_000 + "x", "\n" * 1_000_001, "!" * 1_000_001])
+def test_a_megabyte_of_one_character_is_no_problem(encoding: Encoding, text: str) -> None:
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_versions_agree() -> None:
+    python = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]["version"]
+    rust = tomllib.loads((FOLDER / "Cargo.toml").read_text())["package"]["version"]
+    assert python == rust
