@@ -1,0 +1,104 @@
+"""The tiny world as data sets on disk: rendered once per seed, in seconds, without a download."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from ghostvis_data import tiny_world
+from ghostvis_data.files import MANIFEST, locked, new_folder
+from ghostvis_data.shards import VERSION, Sample, ShardWriter, read_manifest, write_manifest
+from ghostvis_model.home import home
+
+Progress = Callable[[int, int], None]  # (samples done, samples in all)
+
+
+@dataclass(frozen=True)
+class TinyWorldSizes:
+    """How much of the tiny world is rendered."""
+
+    text: int = 20_000
+    """Conversations about described scenes, without pictures: for the tokenizer and the language model."""
+    train: int = 8_000
+    """Scenes to learn from; each is a caption (alignment) and a conversation of questions (fine-tuning)."""
+    test: int = 1_000
+    """Unseen scenes of known combinations of colour and shape."""
+    combinations: int = 1_000
+    """Scenes with combinations of colour and shape that training never shows."""
+
+
+def tiny_world_folder(seed: int = 0, sizes: TinyWorldSizes | None = None) -> Path:
+    """Where the tiny world of this seed, these sizes and this version of the renderer lives."""
+    sizes = sizes or TinyWorldSizes()
+    key = hashlib.sha256(json.dumps(dataclasses.asdict(sizes)).encode())
+    for source in (tiny_world.__file__, __file__):
+        key.update(Path(source).read_bytes())
+    return home() / "data" / "tiny_world" / f"seed{seed}-{key.hexdigest()[:12]}"
+
+
+def build_tiny_world(
+    folder: str | Path | None = None,
+    seed: int = 0,
+    sizes: TinyWorldSizes | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Render the tiny world into `folder` (default: `tiny_world_folder(seed, sizes)`) unless it is there; return it.
+
+    Its splits are data sets: `text` (conversations without pictures), `captions` and `train` (the same scenes with a
+    caption or with questions; `meta` has the labels of the cells), `test` and `combinations` (for evaluation). `meta`
+    of the last three lists the questions with type and answer. A second process that wants the same folder waits.
+
+    Raises:
+        DataError: `folder` holds something that is not this data set.
+    """
+    sizes = sizes or TinyWorldSizes()
+    folder = Path(folder) if folder is not None else tiny_world_folder(seed, sizes)
+    counts = {"text": sizes.text, "captions": sizes.train, "train": sizes.train}
+    counts |= {"test": sizes.test, "combinations": sizes.combinations}
+    source = {"name": "tiny_world", "seed": seed, "generator": tiny_world_folder(seed, sizes).name.split("-")[-1]}
+    with locked(folder):
+        if (folder / MANIFEST).exists() and read_manifest(folder)["source"] == source:
+            return folder
+        total, done = sum(counts.values()), 0
+        with new_folder(folder) as building:
+            writers = {s: ShardWriter(building / s, "chat", source | {"split": s}) for s in counts}
+            scenes = (_samples(split, counts[split], seed) for split in ("train", "test", "combinations"))
+            for split, sample in chain(_texts(sizes.text, seed), *scenes):
+                writers[split].write(sample)
+                done += 1
+                if on_progress:
+                    on_progress(done, total)
+            for writer in writers.values():
+                writer.finish()
+            write_manifest(building, {"version": VERSION, "splits": counts, "source": source})
+    return folder
+
+
+def _samples(split: str, count: int, seed: int) -> Iterator[tuple[str, Sample]]:
+    """(split, sample) of so many scenes; those of `train` come as captions, too, so that each is drawn once."""
+    for index in range(count):
+        assert split in ("train", "test", "combinations")
+        scene = tiny_world.scene(split, index, seed)
+        picture = io.BytesIO()
+        tiny_world.draw(scene).save(picture, "PNG", compress_level=1)
+        images = [picture.getvalue()]
+        colours, shapes = tiny_world.cell_labels(scene)
+        labels = {"cell_colours": colours.tolist(), "cell_shapes": shapes.tolist()}
+        if split == "train":
+            caption = tiny_world.caption_conversation(scene)
+            yield "captions", Sample(f"caption-{scene.id}", caption, images=images, meta=labels)
+        asked = [question for question, _ in tiny_world.single_questions(scene)]
+        messages = tiny_world.as_messages(asked, [{"type": "image", "image": 0}])
+        listed = [{"type": q.type, "question": q.text, "answer": q.answer} for q in asked]
+        yield split, Sample(scene.id, messages, images=images, meta={"questions": listed, **labels})
+
+
+def _texts(count: int, seed: int) -> Iterator[tuple[str, Sample]]:
+    for index, messages in enumerate(tiny_world.text_documents(seed, count)):
+        yield "text", Sample(f"text-{seed}-{index:06d}", messages)

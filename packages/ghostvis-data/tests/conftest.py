@@ -1,0 +1,84 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ghostvis_data import Dataset, Sample, ShardWriter, TinyWorldSizes, build_tiny_world
+from ghostvis_model.tokenizer import Tokenizer
+
+IMAGE_SIZE = 8
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A token for each byte."""
+    return Tokenizer.train(["no merges"], 256 + 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    return build_tiny_world(tmp_path_factory.mktemp("tiny") / "world", 3, TinyWorldSizes(60, 40, 12, 10))
+
+
+def _png(number=0, size=IMAGE_SIZE):
+    """A picture whose every pixel says which one it is."""
+    out = io.BytesIO()
+    Image.new("RGB", (size, size), (number % 251, number // 251, 7)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _chat(identity, question="What?", answer="This.", images=()):
+    parts = [{"type": "image", "image": k} for k in range(len(images))]
+    content = [*parts, {"type": "text", "text": question}]
+    return Sample(
+        identity,
+        [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+        images=list(images),
+    )
+
+
+def _write(folder: Path, samples, kind="chat", **options) -> Dataset:
+    with ShardWriter(folder, kind, {"name": "test"}, **options) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return Dataset(folder)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """50 conversations with 0 to 2 images and 30 texts of 1 to 300 bytes."""
+    rng = np.random.default_rng(0)
+    chats = []
+    for number in range(50):
+        images = [_png(2 * number + k) for k in range(rng.integers(0, 3))]
+        chats.append(_chat(f"c{number}", "q" * rng.integers(1, 30), "a" * rng.integers(1, 20), images))
+    texts = [Sample(f"t{n}", text="".join(map(chr, rng.integers(97, 122, rng.integers(1, 300))))) for n in range(30)]
+    return _write(tmp_path / "chat", chats), _write(tmp_path / "text", texts, "text")
+
+
+def _write_jsonl(path: Path, records) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def png():
+    return _png
+
+
+@pytest.fixture(scope="session")
+def chat():
+    return _chat
+
+
+@pytest.fixture(scope="session")
+def write():
+    return _write
+
+
+@pytest.fixture(scope="session")
+def write_jsonl():
+    return _write_jsonl

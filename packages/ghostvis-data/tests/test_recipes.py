@@ -1,0 +1,121 @@
+import pytest
+
+from ghostvis_data import (
+    DataError,
+    Dataset,
+    Question,
+    Sample,
+    TinyWorldSizes,
+    build_jsonl,
+    build_tiny_world,
+    get_task,
+    open_recipe,
+    summarize,
+    tiny_world_folder,
+    wilson,
+)
+
+SIZES = TinyWorldSizes(6, 5, 4, 3)
+
+
+def test_the_tiny_world_is_rendered_once_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path))
+    seen = []
+    recipe = open_recipe("tiny_world", seed=2, sizes=SIZES, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (23, 23)
+    again = open_recipe("tiny_world", seed=2, sizes=SIZES, on_progress=lambda *_: pytest.fail("rendered again"))
+    assert again == recipe
+    sizes = {phase: len(recipe.datasets(phase)[0]) for phase in recipe.phases}
+    assert sizes == {"tokenizer": 6, "vision": 5, "base": 6, "align": 5, "sft": 5}
+    assert {name: len(recipe.evaluation(name)) for name in recipe.evaluations} == {"test": 4, "combinations": 3}
+    assert tiny_world_folder(2, SIZES) != tiny_world_folder(3, SIZES)
+    assert tiny_world_folder(2, SIZES) != tiny_world_folder(2)
+
+
+def test_the_tiny_world_is_the_same_bytes_everywhere(tmp_path):
+    for name in ("a", "b"):
+        build_tiny_world(tmp_path / name, 1, SIZES)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 16
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert open_recipe(tmp_path / "a").task.name == "tiny_world"
+
+
+def test_captions_and_questions_show_the_same_pictures(tiny_world):
+    captions, train = Dataset(tiny_world / "captions"), Dataset(tiny_world / "train")
+    assert [captions.images(i) for i in range(5)] == [train.images(i) for i in range(5)]
+    assert train.record(0).meta["cell_colours"] == captions.record(0).meta["cell_colours"]
+
+
+def test_an_unknown_recipe_lists_the_known_ones_and_how_to_make_one():
+    with pytest.raises(DataError, match=r"tiny_wrld[\s\S]*tiny_world[\s\S]*typing error[\s\S]*ghostvis-data build"):
+        open_recipe("tiny_wrld")
+
+
+def test_a_built_folder_is_a_recipe_for_fine_tuning(tmp_path, write_jsonl):
+    messages = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
+    source = write_jsonl(tmp_path / "my.jsonl", [{"messages": messages}] * 4)
+    build_jsonl(source, tmp_path / "out", val_fraction=0.01)
+    recipe = open_recipe(tmp_path / "out")
+    assert (len(recipe.datasets("sft")[0]), len(recipe.evaluation("val"))) == (3, 1)
+    assert recipe.shares("sft") is None
+    with pytest.raises(DataError, match=r"no data for the phase base[\s\S]*--source mid"):
+        recipe.datasets("base")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no dataset"):
+        open_recipe(tmp_path / "empty")
+
+
+def test_evaluation_asks_each_question_alone_with_its_picture(tiny_world):
+    task, data = get_task("tiny_world"), Dataset(tiny_world / "test")
+    questions = [question for sample in data for question in task.questions(sample)]
+    assert len(questions) > 2 * len(data)
+    for question in questions:
+        assert [message["role"] for message in question.messages] == ["user"]
+        assert question.images[0].startswith(b"\x89PNG")
+        assert question.text.endswith("?")
+        assert task.judge(f" {question.answer.upper()}. ", question) == 1.0
+        assert task.judge("", question) == task.judge(" . ", question) == task.judge("elephant", question) == 0.0
+
+
+def test_the_majority_answer_comes_from_training_and_ties_are_settled():
+    samples = [
+        Sample(str(n), meta={"questions": [{"type": "colour", "question": "?", "answer": answer}]})
+        for n, answer in enumerate(["red", "Blue", "blue.", "red"])
+    ]
+    assert get_task("tiny_world").majority(samples) == {"colour": "blue"}
+
+
+def test_a_users_own_validation_asks_every_turn_after_the_true_history():
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": 0}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cat"},
+        {"role": "user", "content": "Colour?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "black"}]},
+    ]
+    first, second = get_task("exact_match").questions(Sample("s", messages, images=[b"picture"]))
+    assert (first.answer, second.answer) == ("A cat", "black")
+    assert first.images == second.images == [b"picture"]
+    assert [m["role"] for m in second.messages] == ["user", "assistant", "user"]
+    assert get_task("exact_match").judge("a  CAT.", first) == 1.0
+    with pytest.raises(DataError, match="exact_match"):
+        get_task("nothing")
+
+
+def test_wilson_gives_the_published_intervals():
+    low, high = wilson(0.5, 100)
+    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
+    low, high = wilson(1.0, 10)
+    assert (round(low, 4), high) == (0.7225, 1.0)
+    assert wilson(0.0, 0) == (0.0, 1.0)
+
+
+def test_scores_are_given_for_all_and_for_each_type():
+    questions = [Question(str(n), kind, [], "") for n, kind in enumerate(["a", "a", "b"])]
+    table = summarize(questions, [1.0, 0.0, 1.0])
+    assert {name: (round(score.mean, 3), score.n) for name, score in table.items()} == {
+        "all": (0.667, 3),
+        "a": (0.5, 2),
+        "b": (1.0, 1),
+    }
+    assert str(table["b"]) == "1.000 [0.207, 1.000] n 1"

@@ -1,0 +1,192 @@
+import threading
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from ghostvis_data import DataError, Dataset, Sample, Stream
+from ghostvis_data.rendering import render_sample
+from ghostvis_model.chat import RenderError
+from ghostvis_model.images import ImageError, to_pixels
+
+N, S, T, R = 4, 8, 96, 4
+FIELDS = ("ids", "targets", "position_ids", "cu_seqlens", "images", "image_index")
+
+
+def make(datasets, tokenizer, **options):
+    options: dict[str, Any] = {"row_tokens": T, "rows_per_step": R, "seed": 5, "prefetch_steps": 0} | options
+    return Stream(datasets, tokenizer, tokens_per_image=N, image_size=S, **options)
+
+
+def equal(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS) and a.sample_ids == b.sample_ids
+
+
+def documents(batch):
+    """(sample id, ids, targets, positions, images) of each document, cut out of a batch by cu_seqlens."""
+    bounds = batch.cu_seqlens.tolist()
+    flat = [getattr(batch, name).flatten() for name in ("ids", "targets", "position_ids")]
+    starts, names = list(pairwise(bounds)), [list(row) for row in batch.sample_ids]
+    for start, end in starts:
+        row = names[start // T]
+        inside = [k for k in range(len(batch.images)) if start <= batch.image_index[k * N] < end]
+        yield row.pop(0) if row else None, *(one[start:end] for one in flat), batch.images[inside]
+
+
+def test_a_packed_document_equals_its_sample_alone(mixed, tokenizer):
+    chats, _ = mixed
+    index = {chats.record(i).id: i for i in range(len(chats))}
+    stream, seen = make([chats], tokenizer), []
+    for step in range(stream.steps(1)):
+        for batch in stream.micro_batches(step, rows_per_micro_batch=2):
+            assert batch.cu_seqlens[0] == 0
+            assert batch.cu_seqlens[-1] == batch.ids.numel()
+            assert batch.max_seqlen == batch.cu_seqlens.diff().max()
+            assert batch.num_targets == (batch.targets != -100).sum()
+            assert (batch.ids.flatten()[batch.image_index] == tokenizer.image).all()
+            assert (batch.ids == tokenizer.image).sum() == len(batch.image_index) == N * len(batch.images)
+            for name, ids, targets, positions, images in documents(batch):
+                assert positions.tolist() == list(range(len(ids)))
+                if name is None:  # the padding at the end of a row
+                    assert (targets == -100).all()
+                    continue
+                seen.append(name)
+                alone = render_sample(chats, index[name], tokenizer, N)
+                assert ids.tolist() == alone.ids
+                wanted = [i if m else -100 for i, m in zip(alone.ids[1:], alone.mask[1:], strict=True)]
+                assert targets.tolist() == [*wanted, -100]
+                pixels = [torch.from_numpy(to_pixels(content, S)) for content in chats.images(index[name])]
+                assert all(torch.equal(a, b) for a, b in zip(images, pixels, strict=True))
+    first_epoch = seen[: len(chats)]
+    assert len(seen) >= len(chats)
+    assert set(first_epoch) | set(seen) == set(index)
+
+
+def test_every_token_of_a_long_text_is_predicted_once(mixed, tokenizer):
+    _, texts = mixed
+    stream, trained = make([texts], tokenizer, rows_per_step=1), []
+    rows = stream.plan.epoch(0).rows
+    for step in range(rows):
+        (batch,) = stream.micro_batches(step)
+        trained += [token for token in batch.targets.flatten().tolist() if token != -100]
+    wanted = [token for i in range(len(texts)) for token in tokenizer.encode(texts[i].text)]
+    assert sorted(trained) == sorted(wanted)
+
+
+def test_a_long_conversation_keeps_its_images_and_its_first_question(tmp_path, write, chat, png, tokenizer):
+    long = chat("long", "q" * 20, "a" * 200, [png(1), png(2)])
+    data = write(tmp_path / "d", [long])
+    (batch,) = make([data], tokenizer, rows_per_step=1).micro_batches(0)
+    assert len(batch.images) == 2
+    assert (batch.ids == tokenizer.image).sum() == 2 * N
+    assert batch.targets[0, T - 2] == ord("a")
+    with pytest.raises(RenderError, match=r"d#long"):
+        make([data], tokenizer, row_tokens=24)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(mixed, tokenizer, world):
+    whole, shared = make(mixed, tokenizer), make(mixed, tokenizer)
+    for step in range(3):
+        rows = whole.micro_batches(step, rows_per_micro_batch=1)
+        parts = [shared.micro_batches(step, rank, world, 1) for rank in range(world)]
+        together = [part[m] for m in range(R // world) for part in parts]
+        assert all(equal(a, b) for a, b in zip(rows, together, strict=True))
+
+
+def test_two_ranks_agree_on_steps_when_rows_are_odd(tmp_path, write, chat, tokenizer):
+    data = write(tmp_path / "d", [chat(f"{n}", "q" * 60) for n in range(7)])  # 7 rows, 2 a step
+    streams = [make([data], tokenizer, rows_per_step=2) for _ in range(2)]
+    assert [stream.plan.epoch(0).rows for stream in streams] == [7, 7]
+    assert [stream.steps(1) for stream in streams] == [4, 4]
+    taken = [
+        name
+        for step in range(4)
+        for rank in range(2)
+        for batch in streams[rank].micro_batches(step, rank, 2)
+        for row in batch.sample_ids
+        for name in row
+    ]
+    assert len(taken) == 8
+    assert set(taken) == {str(n) for n in range(7)}
+
+
+def test_any_step_can_be_the_first_after_a_restart(mixed, tokenizer):
+    unbroken = make(mixed, tokenizer, prefetch_steps=2)
+    steps = unbroken.steps(2)
+    stream = [unbroken.micro_batches(step, rows_per_micro_batch=2) for step in range(steps)]
+    unbroken.close()
+    for first in range(0, steps, 3):
+        with make(mixed, tokenizer, prefetch_steps=2) as resumed:
+            for step in range(first, min(first + 2, steps)):
+                again = resumed.micro_batches(step, rows_per_micro_batch=2)
+                assert all(equal(a, b) for a, b in zip(stream[step], again, strict=True))
+
+
+def test_rows_without_images_give_empty_image_tensors(mixed, tokenizer):
+    _, texts = mixed
+    (batch,) = make([texts], tokenizer).micro_batches(0)
+    assert batch.images.shape == (0, 3, S, S)
+    assert batch.images.dtype == torch.uint8
+    assert batch.image_index.shape == (0,)
+    assert "images" not in batch.to("cpu").inputs()
+
+
+def test_loss_on_all_tokens_leaves_out_images_and_the_beginning(mixed, tokenizer):
+    chats, _ = mixed
+    stream = make([chats], tokenizer, loss_on="all")
+    (batch,) = stream.micro_batches(0)
+    special = {tokenizer.bos, tokenizer.image}
+    used = [token for token in batch.targets.flatten().tolist() if token != -100]
+    assert not special & set(used)
+    tokens = sum(document.tokens for row in stream.plan.step_rows(0) for document in row)
+    # Each document's first token is predicted by nothing.
+    assert len(used) == tokens - sum(map(len, batch.sample_ids)) - len(batch.image_index)
+
+
+def test_rows_that_do_not_divide_are_refused_with_a_batch_size_that_does(mixed, tokenizer):
+    with pytest.raises(DataError, match=r"4 rows per step[\s\S]*--total-batch-size 576"):
+        make(mixed, tokenizer).micro_batches(0, 0, 3)
+
+
+def test_images_for_a_model_without_eyes_are_refused(mixed, tokenizer):
+    with pytest.raises(DataError, match="takes none"):
+        Stream(mixed, tokenizer, row_tokens=T, rows_per_step=R)
+
+
+@pytest.mark.parametrize("mentioned, stored", [(0, 1), (1, 2), (2, 1)])
+def test_placeholders_that_do_not_match_images_name_the_sample_and_both_numbers(
+    tmp_path, write, chat, png, tokenizer, mentioned, stored
+):
+    messages = chat("wrong", images=[png(k) for k in range(mentioned)]).messages
+    data = write(tmp_path / "d", [Sample("wrong", messages, images=[png(k) for k in range(stored)])])
+    with pytest.raises(RenderError) as error:
+        make([data], tokenizer)
+    assert f"{mentioned * N} image placeholders but {stored * N} image features" in str(error.value)
+    assert "#wrong" in str(error.value)
+
+
+def test_an_error_in_the_prefetching_thread_reaches_the_caller_with_the_sample(tmp_path, write, chat, png, tokenizer):
+    broken = chat("broken", images=[png(1)[:40]])
+    data = write(tmp_path / "d", [broken])
+    with make([data], tokenizer, prefetch_steps=2) as stream, pytest.raises(ImageError, match=r"d#broken"):
+        stream.micro_batches(0)
+    assert not any(thread.name.startswith("ghostvis-data") for thread in threading.enumerate())
+
+
+def test_counted_lengths_are_kept_beside_the_data_and_follow_the_tokenizer(mixed, tokenizer):
+    chats, _ = mixed
+    make([chats], tokenizer)
+    (kept,) = chats.folder.glob("lengths-*.npy")
+    stamp = kept.stat().st_mtime_ns
+    make([Dataset(chats.folder)], tokenizer)
+    assert kept.stat().st_mtime_ns == stamp
+    Stream([chats], tokenizer, tokens_per_image=N + 1, image_size=S, row_tokens=T, rows_per_step=R)
+    assert len(list(chats.folder.glob("lengths-*.npy"))) == 2
+
+
+def test_a_small_cache_changes_nothing_but_speed(mixed, tokenizer):
+    with_cache, without = make(mixed, tokenizer), make(mixed, tokenizer, cache_bytes=0)
+    for step in (0, 1, 0):
+        assert all(map(equal, with_cache.micro_batches(step), without.micro_batches(step)))
