@@ -1,0 +1,173 @@
+"""What learns and what stays; how a step is divided; what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ghostvis_model import checkpoint
+from ghostvis_model.errors import GhostVisError
+from ghostvis_train import align, base, sft
+from ghostvis_train.loop import _train_step
+from ghostvis_train.options import AlignConfig, BaseConfig, RunOptions, SftConfig, UserError
+from ghostvis_train.phase import rows_per_step, tag_of
+from ghostvis_train.settings import Settings
+
+
+@pytest.fixture
+def trained(small_world, trained_home):
+    shutil.copytree(trained_home, small_world, dirs_exist_ok=True)
+    return small_world
+
+
+def weights(kind: str, tag: str = "tiny") -> dict[str, torch.Tensor]:
+    folder = checkpoint.find(kind, tag)
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def part_hash(state: dict[str, torch.Tensor], part: str) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith(part)):
+        digest.update(name.encode() + state[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_align_moves_the_connector_alone(trained):
+    base_weights, mid, vision = weights("base"), weights("mid"), weights("vision")
+    assert part_hash(mid, "decoder.") == part_hash(base_weights, "decoder.")
+    assert part_hash(mid, "vision.encoder.") == part_hash(vision, "vision.encoder.")
+    sft_weights = weights("sft")
+    assert part_hash(sft_weights, "vision.encoder.") == part_hash(vision, "vision.encoder.")
+    assert part_hash(sft_weights, "decoder.") != part_hash(mid, "decoder.")
+    assert part_hash(sft_weights, "connector.") != part_hash(mid, "connector.")
+
+
+def test_the_connector_has_moved_in_align(trained, monkeypatch):
+    align.run(AlignConfig(RunOptions(device="cpu", model_tag="other", steps=1), source=str(checkpoint.find("base"))))
+    assert part_hash(weights("mid", "other"), "connector.") != part_hash(weights("mid"), "connector.")
+
+
+@pytest.mark.parametrize("unfreeze, moved", [("0", []), ("1", ["decoder.layers.1."])])
+def test_only_the_last_layers_learn_when_asked(trained, unfreeze, moved):
+    config = SftConfig(
+        RunOptions(device="cpu", model_tag=f"last{unfreeze}"),
+        source=str(checkpoint.find("mid")),
+        unfreeze_llm_layers=unfreeze,
+        evaluate=False,
+    )
+    sft.run(config)
+    before, after = weights("mid"), weights("sft", f"last{unfreeze}")
+    for part in ("decoder.embed_tokens.", "decoder.lm_head.", "decoder.layers.0.", "decoder.layers.1."):
+        assert (part_hash(before, part) != part_hash(after, part)) == (part in moved)
+
+
+def test_the_encoder_learns_when_asked(trained):
+    options = RunOptions(device="cpu", model_tag="vit")
+    sft.run(SftConfig(options, source=str(checkpoint.find("mid")), unfreeze_vit=True, evaluate=False))
+    assert part_hash(weights("sft", "vit"), "vision.encoder.") != part_hash(weights("vision"), "vision.encoder.")
+
+
+@pytest.mark.parametrize("unfreeze", ["9", "-1", "some"])
+def test_layers_that_are_not_there_cannot_be_unfrozen(trained, unfreeze):
+    with pytest.raises(UserError, match="from 0 to 2"):
+        sft.run(SftConfig(RunOptions(device="cpu", model_tag="x"), unfreeze_llm_layers=unfreeze))
+
+
+def test_micro_batches_give_the_loss_and_weights_of_one_big_batch(small_world):
+    for tag, rows in (("one", 2), ("two", 1)):
+        base.run(BaseConfig(RunOptions(device="cpu", precision="fp32", model_tag=tag, device_batch_size=rows)))
+    one, two = (weights("base", tag) for tag in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-3, msg=name)
+
+
+def test_the_loss_is_divided_by_the_tokens_of_the_whole_step():
+    """A micro-batch of one target weighs a tenth of one of ten, whatever their lengths."""
+
+    class Batch:
+        def __init__(self, values):
+            self.values, self.num_targets, self.sample_ids = torch.tensor(values), len(values), [["a"]]
+
+        def to(self, device):
+            return self
+
+        def inputs(self):
+            return {"values": self.values}
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, values):
+            return (self.weight * values).sum()
+
+    class Stream:
+        row_tokens = 1
+
+        def micro_batches(self, step, rank, world, rows):
+            return [Batch([1.0]), Batch([3.0] * 10)]
+
+    class Optimizers:
+        def __init__(self, model):
+            self.parameters, self.seen = list(model.parameters()), None
+
+        def step(self, multiplier):
+            self.seen = self.parameters[0].grad.clone()
+
+    from types import SimpleNamespace
+
+    from ghostvis_train.context import start
+
+    model = Model()
+    optimizers = Optimizers(model)
+    plan = SimpleNamespace(phase="test", steps=1, warmup=0.0, decay=0.0)
+    job = SimpleNamespace(stream=Stream(), plan=plan, optimizers=optimizers, rows_per_micro_batch=1)
+    metrics = _train_step(job, model, 0, start("t", 0, "cpu", "fp32", "none", None))
+    assert metrics["loss"] == pytest.approx(2 * 31 / 11)
+    assert metrics["grad_norm"] == pytest.approx(31 / 11)
+    assert optimizers.seen.item() == pytest.approx(1.0)  # clipped to norm 1 after the average
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (BaseConfig(RunOptions(data_recipe="tinyworld")), "tiny_world"),
+        (BaseConfig(RunOptions(depth=5)), "4 and 6"),
+        (BaseConfig(RunOptions(total_batch_size=700)), "nearest: 512 and 768"),
+        (BaseConfig(RunOptions(device_batch_size=5)), "2 rows per step"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_training(small_world, config, message):
+    if config.run.data_recipe == "tinyworld":
+        config = replace(config, run=replace(config.run, depth=4))
+    with pytest.raises(GhostVisError, match=message):
+        base.run(config)
+
+
+def test_a_real_recipe_without_a_source_names_the_command(small_world, tmp_path):
+    options = RunOptions(data_recipe=str(tmp_path), device="cpu")
+    with pytest.raises(GhostVisError, match="uv run ghostvis-train align"):
+        sft.run(SftConfig(options))
+    with pytest.raises(GhostVisError, match="uv run ghostvis-train base"):
+        align.run(AlignConfig(options))
+
+
+def test_tags_tell_runs_apart(tmp_path):
+    assert tag_of(RunOptions()) == "tiny"
+    assert tag_of(RunOptions(seed=2)) == "tiny-seed2"
+    assert tag_of(RunOptions(data_recipe="texts", depth=20)) == "d20"
+    assert tag_of(RunOptions(data_recipe="mine/"), tmp_path / "tiny" / "step_000004") == "tiny-mine"
+    assert tag_of(RunOptions(model_tag="x", seed=2)) == "x"
+    with pytest.raises(UserError, match="--depth 20"):
+        tag_of(RunOptions(data_recipe="texts"))
+
+
+def test_a_batch_size_is_whole_rows():
+    assert rows_per_step(RunOptions(total_batch_size=1024), Settings(8, 256, {}), 256) == 4
+    assert rows_per_step(RunOptions(), Settings(8, 256, {}), 256) == 8
