@@ -1,0 +1,237 @@
+"""Softmax attention: dense, packed documents, sliding window, soft-cap, grouped heads, cross attention.
+
+    o = softmax(softcap * tanh(scale * q k^T / softcap) + mask) v
+
+One function chooses the kernel by device and dtype and says once, through the `ghostvis_kernels` logger, which it took.
+Grouped-query attention: Ainslie et al. 2023 (arXiv:2305.13245). Shape letters: B batch, T queries, S keys, N packed
+tokens, H query heads, K key/value heads (K divides H), h head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ghostvis_kernels.attention_packed import packed_on_cpu
+from ghostvis_kernels.backends import (
+    has_flash_attention,
+    has_varlen_attention,
+    prefers_cudnn,
+    say_once,
+    varlen_takes_groups,
+)
+
+BACKENDS = ("auto", "torch", "flash_attn", "reference")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of q over k and v.
+
+    Args:
+        q: [B, T, H, h], or packed [N, H, h] with `cu_seqlens`.
+        k, v: [B, S, K, h], or packed [N, K, h]; same dtype and device as q. S may differ from T when `causal` is False.
+        causal: a token sees itself and those before it.
+        window: a token sees itself and the `window` - 1 tokens before it (and after it when not causal). None for all.
+        cu_seqlens: [documents + 1] int32 on the device of q: 0, then the end of each document, the last being N. Nobody
+            sees another document. Empty documents are allowed.
+        max_seqlen: length of the longest document; needed on CUDA, where reading it would wait for the device.
+        softcap: cap of the scaled scores, 0 for none.
+        scale: factor of q k^T; None is 1 / sqrt(h).
+        backend: "auto"; "torch" (scaled_dot_product_attention, varlen_attn), "flash_attn" (the package; CUDA, half
+            precision), "reference" (explicit fp32 scores).
+
+    Under `torch.autocast` q, k and v are cast to the autocast dtype.
+
+    Returns:
+        a tensor of q's shape and dtype. Saved for backward: what the kernel saves (q, k, v, o, a number a row).
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit, or the backend asked for cannot do this call.
+    """
+    packed = cu_seqlens is not None
+    _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend == "flash_attn" or (backend == "auto" and q.is_cuda and q.dtype in HALF and has_flash_attention()):
+        return _flash_attn(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, scale)
+    if backend == "reference" or softcap:
+        if backend == "auto" and q.is_cuda:
+            say_once("attention: explicit scores (soft-cap without flash-attn); memory grows with T x S")
+        return attention_reference(q, k, v, causal, window, cu_seqlens, softcap, scale)
+    if not packed:
+        return _dense(q, k, v, causal, window, scale)
+    if not q.is_cuda:
+        return packed_on_cpu(q, k, v, cu_seqlens, causal, window, scale)
+    return _packed_on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, scale)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """The meaning of `attention`: fp32 scores (fp64 for fp64 input), an explicit mask, autograd."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    groups = q.shape[-2] // k.shape[-2]
+    query = q.to(acc).movedim(-2, -3)
+    key, value = (t.to(acc).movedim(-2, -3).repeat_interleave(groups, dim=-3) for t in (k, v))
+    scores = query @ key.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = visible(q.shape[-3], k.shape[-3], causal, window, cu_seqlens, q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (torch.softmax(scores, dim=-1) @ value).movedim(-3, -2).to(q.dtype)
+
+
+def visible(
+    queries: int, keys: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """[queries, keys] bool, True where a query sees a key; None when every query sees every key."""
+    if not causal and window is None and cu_seqlens is None:
+        return None
+    distance = torch.arange(queries, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        mask = mask & (distance.abs() < window)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(
+            cu_seqlens[1:], torch.arange(queries, device=device, dtype=cu_seqlens.dtype), right=True
+        )
+        mask = mask & (document.unsqueeze(1) == document)
+    return mask
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
+    mask = visible(q.shape[1], k.shape[1], causal, window, None, q.device) if window is not None else None
+    return _sdpa(q, k, v, mask, causal and mask is None, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[2] != k.shape[2]
+    if q.is_cuda and grouped and (mask is not None or q.dtype not in HALF):
+        # The kernel for masks and fp32 (memory-efficient) takes no grouped heads: SDPA would take explicit scores.
+        key, value = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for t in (key, value))
+        grouped = False
+    if q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device()):
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        say_once("attention: scaled_dot_product_attention, cuDNN before flash (sm_90 or later)")
+        with sdpa_kernel(order, set_priority=True):
+            out = F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+            )
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _packed_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    scale: float,
+) -> Tensor:
+    if q.dtype in HALF and has_varlen_attention():
+        from torch.nn.attention.varlen import varlen_attn  # here: seconds to import
+
+        say_once("attention, packed: torch varlen_attn (no flash-attn)")
+        options, groups = {}, q.shape[1] // k.shape[1]
+        if varlen_takes_groups():
+            options["enable_gqa"] = groups > 1
+        elif groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        assert max_seqlen is not None  # checked for CUDA
+        sides = _sides(causal, window)
+        out = varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=sides, **options
+        )
+        assert isinstance(out, Tensor)  # a tuple only when asked for more
+        return out
+    say_once("attention, packed: SDPA under an explicit mask (no varlen_attn for this dtype); memory grows with N x N")
+    mask = visible(q.shape[0], k.shape[0], causal, window, cu_seqlens, q.device)
+    return _sdpa(q[None], k[None], v[None], mask, False, scale)[0]
+
+
+def _flash_attn(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap: float, scale: float) -> Tensor:
+    if not q.is_cuda or q.dtype not in HALF or not has_flash_attention():
+        raise ValueError(
+            f"attention: backend='flash_attn' needs the flash-attn package, CUDA and half precision; got {q.dtype} on "
+            f"{q.device}; look at ghostvis_kernels.backends(), or use backend='auto'"
+        )
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # ty: ignore[import-not-found]
+
+    say_once("attention: flash-attn 2")
+    options = {"softmax_scale": scale, "causal": causal, "window_size": _sides(causal, window), "softcap": softcap}
+    if cu_seqlens is None:
+        return flash_attn_func(q, k, v, **options)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+
+def _sides(causal: bool, window: int | None) -> tuple[int, int]:
+    """Tokens seen to the left and right, -1 for all, not counting the token itself (as flash-attn, varlen_attn)."""
+    left = -1 if window is None else window - 1
+    return left, 0 if causal else left
+
+
+def _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend) -> None:
+    packed = cu_seqlens is not None
+    layout = "(N, H, h), (N, K, h)" if packed else "(B, T, H, h), (B, S, K, h)"
+    shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    wanted = 3 if packed else 4
+    if q.dim() != wanted or k.shape != v.shape or k.dim() != wanted or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"attention: {shapes}; expected {layout} and v like k (cu_seqlens is {'given' if packed else 'None'})"
+        )
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: {shapes}; batches differ")
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"attention: q has H={q.shape[-2]} heads, k has K={k.shape[-2]}; K must divide H")
+    if (packed or causal or window is not None) and q.shape[-3] != k.shape[-3]:
+        raise ValueError(f"attention: {shapes}; queries and keys must be equally many unless causal=False, window=None")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}; expected at least 1, or None")
+    if softcap < 0:
+        raise ValueError(f"attention: softcap is {softcap}; expected a positive cap, or 0 for none")
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend is {backend!r}; expected one of {BACKENDS}")
+    if packed and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device):
+        raise ValueError(
+            f"attention: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}; "
+            f"expected (documents + 1,) torch.int32 on {q.device}"
+        )
+    if packed and q.is_cuda and max_seqlen is None:
+        raise ValueError("attention: max_seqlen is None; on CUDA pass the longest document's length with cu_seqlens")

@@ -1,0 +1,103 @@
+"""Attention of new tokens over a key/value cache whose rows have different lengths.
+
+Shape letters: B rows, t new tokens of each row, S room of the cache, H query heads, K key/value heads, h head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_len: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Write k and v into the cache, then attend: new token i of row b sees cache positions 0 .. cache_len[b] + i.
+
+    Args:
+        q: [B, t, H, h] queries of the new tokens.
+        k_cache, v_cache: [B, S, K, h], same dtype as q. Written in place at cache_len[b] .. cache_len[b] + t - 1.
+        cache_len: [B] int32 or int64, tokens in each row before this call. Not changed. On CUDA the caller
+            makes sure that cache_len + t <= S: looking would wait for the device.
+        k, v: [B, t, K, h] of the new tokens, or both None when they are already in the cache at these positions.
+        window: a token sees itself and the `window` - 1 tokens before it; None for all.
+        scale: factor of q k^T; None is 1 / sqrt(h).
+
+    No gradient. On CUDA nothing is read back, shapes depend on shapes alone: fit for CUDA graphs.
+
+    Returns:
+        [B, t, H, h] in the dtype of q.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or (on CPU) the cache is too short.
+    """
+    _check(q, k_cache, v_cache, cache_len, k, v)
+    rows, new, heads, size = q.shape
+    kv_heads, groups = k_cache.shape[2], heads // k_cache.shape[2]
+    with torch.no_grad():
+        position = cache_len.unsqueeze(1) + torch.arange(new, device=q.device)  # [B, t]
+        if k is not None and v is not None:
+            row = torch.arange(rows, device=q.device).unsqueeze(1)
+            k_cache[row, position] = k.to(k_cache.dtype)
+            v_cache[row, position] = v.to(v_cache.dtype)
+        seen = k_cache.shape[1]
+        if not q.is_cuda:
+            seen = int(cache_len.max()) + new  # free on CPU: leave out the room that nobody uses
+        key, value = k_cache[:, :seen].transpose(1, 2), v_cache[:, :seen].transpose(1, 2)
+        distance = position.unsqueeze(2) - torch.arange(seen, device=q.device)
+        mask = distance >= 0
+        if window is not None:
+            mask = mask & (distance < window)
+        # The heads of a group become rows of one key head: grouped heads without a copy of the cache in every kernel.
+        query = (
+            q.view(rows, new, kv_heads, groups, size).permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, new * groups, size)
+        )
+        mask = mask.repeat_interleave(groups, dim=1).unsqueeze(1)
+        scale = 1 / math.sqrt(size) if scale is None else scale
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        out = out.view(rows, kv_heads, new, groups, size).permute(0, 2, 1, 3, 4)
+        return out.reshape(rows, new, heads, size)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    op = "attention_decode"
+    if q.dim() != 4 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"{op}: q is {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; "
+            "expected (B, t, H, h) and two of (B, S, K, h)"
+        )
+    rows, new, heads, size = q.shape
+    _, room, kv_heads, _ = k_cache.shape
+    if k_cache.shape[0] != rows or k_cache.shape[3] != size or heads % kv_heads:
+        raise ValueError(
+            f"{op}: q (B, t, H, h) is {tuple(q.shape)} but k_cache (B, S, K, h) is {tuple(k_cache.shape)}; "
+            "B and h must be equal and K divide H"
+        )
+    if cache_len.shape != (rows,) or cache_len.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{op}: cache_len is {tuple(cache_len.shape)} {cache_len.dtype}; expected ({rows},) of int32 or int64"
+        )
+    if (k is None) != (v is None):
+        raise ValueError(f"{op}: one of k and v is None; pass both, or neither when the cache already holds them")
+    wanted = (rows, new, kv_heads, size)
+    for name, value in (("k", k), ("v", v)):
+        if value is not None and value.shape != wanted:
+            raise ValueError(f"{op}: {name} is {tuple(value.shape)}; expected (B, t, K, h) = {wanted}")
+    if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
+        raise ValueError(
+            f"{op}: q is {q.dtype} but the cache is {k_cache.dtype} and {v_cache.dtype}; expected one dtype"
+        )
+    if not cache_len.is_cuda and rows and int(cache_len.max()) + new > room:
+        raise ValueError(
+            f"{op}: a row holds {int(cache_len.max())} tokens and gets {new} more, but the cache ends at S={room}; "
+            "make the cache longer or stop that row"
+        )

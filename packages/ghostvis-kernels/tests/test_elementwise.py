@@ -1,0 +1,161 @@
+"""rms_norm, add_rms_norm, rope, qk_norm_rope, swiglu, relu2 against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ghostvis_kernels as gk
+from ghostvis_kernels.rms_norm import rms_norm_reference
+from ghostvis_kernels.rope import rope_reference
+from ghostvis_kernels.swiglu import swiglu_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (1, 123), (127, 123), (2, 3, 128), (5, 1280)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rms_norm_and_its_gradients_match_float64(normal, device, dtype, shape, zero_centered, assert_as_good_as_torch):
+    x = normal(*shape, device=device, dtype=dtype).detach()
+    x = (x + x.sign()).requires_grad_()  # away from zero: at width 1 a rounding error there is as large as 1 / x
+    weight = normal(shape[-1], device=device, dtype=dtype)
+    assert_as_good_as_torch(
+        lambda x, w: gk.rms_norm(x, w, zero_centered=zero_centered),
+        lambda x, w: rms_norm_reference(x, w, 1e-6, zero_centered),
+        lambda x, w: F.rms_norm(x, x.shape[-1:], w + 1 if zero_centered else w, 1e-6),
+        [x, weight],
+        floor=1.0,  # at width 1 the gradient of x is zero but for eps
+    )
+
+
+def test_rms_norm_without_weight_and_over_strided_input_matches_float64(normal, device, assert_as_good_as_torch):
+    base = normal(6, 4, 3, 16, device=device)
+
+    def through(norm):
+        return lambda base: norm(base.transpose(1, 2)[:, 1:, :, ::2])
+
+    assert_as_good_as_torch(
+        through(gk.rms_norm), through(rms_norm_reference), through(lambda x: F.rms_norm(x, (8,), None, 1e-6)), [base]
+    )
+
+
+def test_rms_norm_keeps_an_fp32_weight_gradient_in_fp32_under_bf16_input(normal, device):
+    x, weight = normal(64, 32, device=device, dtype=torch.bfloat16), normal(32, device=device)
+    y = gk.rms_norm(x, weight)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_rms_norm_returns_the_norm_of_the_sum_and_the_sum(
+    normal, device, residual_dtype, outputs_and_gradients, error, double
+):
+    x = normal(7, 40, device=device, dtype=torch.bfloat16)
+    residual, weight = normal(7, 40, device=device, dtype=residual_dtype), normal(40, device=device)
+    found, seeds = outputs_and_gradients(gk.add_rms_norm, [x, residual, weight])
+    assert [t.dtype for t in found] == [torch.bfloat16, residual_dtype, torch.bfloat16, residual_dtype, torch.float32]
+
+    def plain(x, residual, weight):
+        total = residual + x
+        return rms_norm_reference(total, weight), total
+
+    truth, _ = outputs_and_gradients(
+        plain, [t.detach().double().requires_grad_() for t in (x, residual, weight)], seeds
+    )
+    assert max(error(f, t) for f, t in zip(found, truth, strict=True)) < 1e-2
+
+
+def tables(positions, half, device="cpu"):
+    angle = torch.arange(positions)[:, None] * 100.0 ** (-torch.arange(half) / half)
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rope_with_and_without_norm_matches_float64(
+    normal, rng, device, dtype, interleaved, norm, assert_as_good_as_torch
+):
+    tokens, half = 9, 6
+    cos, sin = tables(50, half, device)
+    position_ids = torch.randint(0, 50, (2, tokens), generator=rng).to(device)
+    q, k = (normal(2, tokens, heads, 2 * half, device=device, dtype=dtype) for heads in (4, 2))
+    q_weight, k_weight = (normal(2 * half, device=device, dtype=dtype, grad=norm) for _ in range(2))
+
+    def reference(q, k, q_weight, k_weight):
+        if norm:
+            q, k = rms_norm_reference(q, q_weight), rms_norm_reference(k, k_weight)
+        c, s = (t[position_ids].unsqueeze(-2) for t in (cos, sin))
+        return rope_reference(q, c, s, interleaved), rope_reference(k, c, s, interleaved)
+
+    def ours(q, k, q_weight, k_weight):
+        if norm:
+            return gk.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, 1e-6, position_ids, interleaved)
+        return gk.rope(q, k, cos, sin, position_ids, interleaved)
+
+    inputs = [q, k, q_weight, k_weight]
+    assert_as_good_as_torch(ours, reference, reference, inputs)
+
+
+def test_rope_at_default_positions_equals_the_half_split_formula(normal):
+    cos, sin = tables(20, 4)
+    q, k = normal(11, 3, 8), normal(11, 1, 8)
+    turned, _ = gk.rope(q, k, cos, sin)
+    c, s = (torch.cat((t[:11], t[:11]), -1)[:, None] for t in (cos, sin))
+    rotated = torch.cat((-q[..., 4:], q[..., :4]), -1)
+    torch.testing.assert_close(turned, q * c + rotated * s)
+
+
+def test_rope_scores_depend_on_distance_alone(normal):
+    cos, sin = tables(40, 8)
+    q, k = normal(1, 1, 16), normal(1, 1, 16)
+    scores = []
+    for shift in (0, 17):
+        a, _ = gk.rope(q, k, cos, sin, position_ids=torch.tensor([5 + shift]))
+        _, b = gk.rope(q, k, cos, sin, position_ids=torch.tensor([2 + shift]))
+        scores.append((a * b).sum())
+    torch.testing.assert_close(*scores)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swiglu_and_relu2_match_float64(normal, device, dtype, shape, assert_as_good_as_torch):
+    gate, up = normal(*shape, device=device, dtype=dtype), normal(*shape, device=device, dtype=dtype)
+    # floor: below 6e-5 fp16 has fewer bits
+    assert_as_good_as_torch(gk.swiglu, swiglu_reference, lambda g, u: F.silu(g) * u, [gate, up], floor=0.1)
+    square = lambda x: x.clamp_min(0) ** 2  # noqa: E731
+    assert_as_good_as_torch(gk.relu2, square, square, [gate], floor=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_packed_equals_swiglu_of_the_halves(normal, dtype, outputs_and_gradients):
+    packed = normal(6, 10, 2 * 17, dtype=dtype)
+    found, seeds = outputs_and_gradients(gk.swiglu_packed, [packed])
+    halves, _ = outputs_and_gradients(lambda p: gk.swiglu(p[..., :17], p[..., 17:]), [packed], seeds)
+    for f, h in zip(found, halves, strict=True):
+        torch.testing.assert_close(f, h, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gk.rms_norm(torch.ones(2, 3), torch.ones(4)), r"rms_norm: weight is \(4,\).*D=3"),
+        (
+            lambda: gk.add_rms_norm(torch.ones(2, 3), torch.ones(3)),
+            r"add_rms_norm: x is \(2, 3\) but residual is \(3,\)",
+        ),
+        (lambda: gk.swiglu(torch.ones(2), torch.ones(3)), r"swiglu: gate is \(2,\).*up is \(3,\)"),
+        (lambda: gk.swiglu_packed(torch.ones(2, 3)), r"swiglu_packed: the last dimension of gate_up is 3"),
+        (lambda: gk.rope(torch.ones(9, 1, 4), torch.ones(9, 1, 4), *tables(8, 2)), r"rope: q has T=9.*8 positions"),
+        (
+            lambda: gk.rope(torch.ones(9, 1, 4), torch.ones(9, 1, 4), *tables(9, 3)),
+            r"rope: cos is \(9, 3\).*\(T_max, 2\)",
+        ),
+        (lambda: gk.newton_schulz(torch.ones(3)), r"newton_schulz: g is \(3,\)"),
+    ],
+)
+def test_errors_name_the_op_the_argument_and_both_values(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
