@@ -63,7 +63,7 @@ def test_combination_scenes_show_a_held_out_object_and_ask_about_it():
         for q in asked(scene):
             assert q.type in ("colour", "shape", "where")
             target = {"colour": lambda o: o.colour, "shape": lambda o: o.shape, "where": lambda o: tw.PLACES[o.cell]}
-            assert q.answer in [target[q.type](o) for o in held_out]
+            assert any(q.answer.endswith(f" {target[q.type](o)}") for o in held_out)
 
 
 @pytest.mark.parametrize("split", SCENES)
@@ -85,13 +85,15 @@ def derive(scene: tw.Scene, text: str) -> str:
         return found
 
     if m := re.fullmatch(r"What colour is (.*)\?", text):
-        return one(m[1]).colour
+        return f"It is {one(m[1]).colour}"
     if m := re.fullmatch(r"What shape is (.*)\?", text):
-        return one(m[1]).shape
+        return f"A {one(m[1]).shape}"
     if m := re.fullmatch(r"Where is (.*)\?", text):
         row, column = divmod(one(m[1]).cell, 3)
         words = [w for w in (("top", "", "bottom")[row], ("left", "", "right")[column]) if w]
-        return " ".join(words) or "centre"
+        return {(): "In the centre", ("left",): "On the left", ("right",): "On the right"}.get(
+            tuple(words), f"At the {' '.join(words)}"
+        )
     if text == "How many objects are there?":
         return ["zero", "one", "two", "three", "four"][len(scene.objects)]
     if m := re.fullmatch(r"How many (\w+?)(?:(?<=ss)es|s) are there\?", text):
@@ -130,7 +132,7 @@ def test_colour_and_shape_are_never_asked_of_the_same_object():
     for scene in SCENES["train"]:
         text = {q.type: q for q in asked(scene)}
         if "colour" in text and "shape" in text:
-            pair = (text["colour"].answer, text["shape"].answer)
+            pair = (text["colour"].answer.split()[-1], text["shape"].answer.split()[-1])
             assert (
                 text["colour"].text != f"What colour is the {pair[1]}?" or f"the {pair[0]} " not in text["shape"].text
             )

@@ -28,6 +28,7 @@ def logits(model):
 def test_save_load_same_logits_bit_for_bit(model, saved):
     loaded = checkpoint.load(saved).model.eval()
     assert torch.equal(logits(model), logits(loaded))
+    assert loaded.tokenizer is not None
     assert loaded.tokenizer.hash == model.tokenizer.hash
 
 
@@ -69,6 +70,10 @@ def test_another_tokenizer_is_refused(saved, tmp_path):
 
 
 def test_damaged_meta_is_named(saved):
+    meta = json.loads((saved / "meta.json").read_text())
+    (saved / "meta.json").write_text(json.dumps({**meta, "config": {}}))
+    with pytest.raises(CheckpointError, match="no config"):
+        checkpoint.load(saved)
     (saved / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match="meta.json is damaged"):
         checkpoint.load(saved)
@@ -102,7 +107,7 @@ def test_equal_weights_have_equal_hashes_and_others_do_not(model, saved):
     again = checkpoint.save(saved.parent, 8, model, model.tokenizer, meta)
     assert checkpoint.read_meta(again)["weights_hash"] == checkpoint.read_meta(saved)["weights_hash"]
     with torch.no_grad():
-        model.connector.queries.add_(1)
+        model.connector.positions.add_(1)
     changed = checkpoint.save(saved.parent, 9, model, model.tokenizer, meta)
     assert checkpoint.read_meta(changed)["weights_hash"] != checkpoint.read_meta(saved)["weights_hash"]
 
@@ -116,8 +121,9 @@ def test_finding_names_what_exists_and_the_command_that_makes_one(model, tmp_pat
     assert checkpoint.find("sft") == checkpoint.find("sft", "d2") == checkpoint.find("sft", "d2", 5) == made
     with pytest.raises(CheckpointError, match="found: d2"):
         checkpoint.find("sft", "d4")
-    with pytest.raises(CheckpointError, match="at step 6"):
-        checkpoint.find("sft", "d2", 6)
+    for tag in ("d2", None):
+        with pytest.raises(CheckpointError, match="at step 6"):
+            checkpoint.find("sft", tag, 6)
     with pytest.raises(CheckpointError, match="known: vision, base, mid, sft, rl"):
         checkpoint.find("fine", "d2")
 

@@ -37,16 +37,16 @@ def test_muon_is_nesterov_momentum_orthogonalised():
 
 def test_every_decoder_parameter_is_in_exactly_one_group():
     decoder = GhostVis(VLMConfig(get_config(2, 300))).decoder
-    muon, adamw = decoder_groups(decoder, RATES)
-    grouped = [id(p) for group in [*muon, *adamw] for p in group["params"]]
+    groups = decoder_groups(decoder, RATES)
+    grouped = [id(p) for group in [*groups.muon, *groups.adamw] for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in decoder.parameters())
-    assert all(p.ndim == 2 for group in muon for p in group["params"])
+    assert all(p.ndim == 2 for group in groups.muon for p in group["params"])
 
 
 def test_frozen_parameters_are_in_no_group():
     decoder = GhostVis(VLMConfig(get_config(2, 300))).decoder
     decoder.requires_grad_(False)
-    optimizers = Optimizers(*decoder_groups(decoder, RATES))
+    optimizers = Optimizers(decoder_groups(decoder, RATES))
     assert optimizers.parameters == []
 
 
@@ -54,7 +54,7 @@ def test_a_saved_optimizer_goes_on_as_if_never_saved():
     torch.manual_seed(0)
     one = GhostVis(VLMConfig(get_config(2, 300)))
     other = copy.deepcopy(one)
-    first, second = (Optimizers(*decoder_groups(model.decoder, RATES)) for model in (one, other))
+    first, second = (Optimizers(decoder_groups(model.decoder, RATES)) for model in (one, other))
 
     def step(model, optimizers, number):
         generator = torch.Generator().manual_seed(number)
@@ -65,7 +65,7 @@ def test_a_saved_optimizer_goes_on_as_if_never_saved():
     for number in range(2):
         step(one, first, number)
         step(other, second, number)
-    restored = Optimizers(*decoder_groups(other.decoder, RATES))
+    restored = Optimizers(decoder_groups(other.decoder, RATES))
     restored.load_state_dict(copy.deepcopy(second.state_dict()))
     step(one, first, 2)
     step(other, restored, 2)

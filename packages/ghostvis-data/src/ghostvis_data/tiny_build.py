@@ -23,14 +23,14 @@ Progress = Callable[[int, int], None]  # (samples done, samples in all)
 class TinyWorldSizes:
     """How much of the tiny world is rendered."""
 
-    text: int = 20_000
+    text: int = 8_000
     """Conversations about described scenes, without pictures: for the tokenizer and the language model."""
-    train: int = 8_000
+    train: int = 16_000
     """Scenes to learn from; each is a caption (alignment) and a conversation of questions (fine-tuning)."""
-    test: int = 1_000
-    """Unseen scenes of known combinations of colour and shape."""
-    combinations: int = 1_000
-    """Scenes with combinations of colour and shape that training never shows."""
+    test: int = 400
+    """Unseen scenes of known combinations of colour and shape: about 2,400 questions."""
+    combinations: int = 600
+    """Scenes with combinations of colour and shape that training never shows: about 1,150 questions."""
 
 
 def tiny_world_folder(seed: int = 0, sizes: TinyWorldSizes | None = None) -> Path:
@@ -93,7 +93,10 @@ def _samples(split: str, count: int, seed: int) -> Iterator[tuple[str, Sample]]:
         if split == "train":
             caption = tiny_world.caption_conversation(scene)
             yield "captions", Sample(f"caption-{scene.id}", caption, images=images, meta=labels)
-        asked = [question for question, _ in tiny_world.single_questions(scene)]
+        if split == "train":
+            asked = tiny_world.training_questions(scene)
+        else:
+            asked = [question for question, _ in tiny_world.single_questions(scene)]
         messages = tiny_world.as_messages(asked, [{"type": "image", "image": 0}])
         listed = [{"type": q.type, "question": q.text, "answer": q.answer} for q in asked]
         yield split, Sample(scene.id, messages, images=images, meta={"questions": listed, **labels})

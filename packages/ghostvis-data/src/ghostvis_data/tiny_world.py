@@ -153,6 +153,9 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
     No question gives away the answer to another: colour and shape are asked of different objects, and a word that one
     question takes for granted ("the circle": there is exactly one) is not counted or looked for by another where that
     can be helped. So a conversation of all of them still has to look at the picture for each.
+
+    Answers use the words of the captions in the same form, after a space: byte-level BPE has one token for " red" and
+    another for "red", and what alignment teaches of the one does not reach the other.
     """
     objects = list(scene.objects)
     if scene.split == "combinations":
@@ -171,13 +174,13 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
     if pairs:
         a, b = rng.choice([p for p in pairs if None not in p] or pairs)
         if a is not None:
-            ask("colour", f"What colour is the {a.shape}?", a.colour, a.shape)
+            ask("colour", f"What colour is the {a.shape}?", f"It is {a.colour}", a.shape)
         if b is not None:
-            ask("shape", f"What shape is the {b.colour} object?", b.shape, b.colour)
+            ask("shape", f"What shape is the {b.colour} object?", f"A {b.shape}", b.colour)
     referable = [(o, reference) for o in objects if (reference := _reference(scene, o, rng))]
     if referable:
         o, reference = rng.choice(referable)
-        ask("where", f"Where is {reference}?", PLACES[o.cell], *reference.split())
+        ask("where", f"Where is {reference}?", _at(o.cell).capitalize(), *reference.split())
     if scene.split != "combinations":
         ask("count", "How many objects are there?", NUMBERS[len(scene.objects)])
         present = {o.colour for o in scene.objects}

@@ -1,8 +1,9 @@
 """Orthogonalisation of Muon updates by a quintic Newton-Schulz iteration.
 
 Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
-(https://kellerjordan.github.io/posts/muon/). The coefficients are the published ones: singular values are pushed into
-about [0.7, 1.2] in five steps, which Muon does not distinguish from exactly one.
+(https://kellerjordan.github.io/posts/muon/). Each of the five steps has coefficients of its own, found by Jiacheng You
+for the modded-nanogpt speedrun (2025): they bring singular values nearer to one than one triple used five times. In the
+tiny world (H200, 2026-11-21, seeds 0 to 2) unseen combinations went from 0.75, 0.54, 0.46 to 0.64, 0.60, 0.75.
 """
 
 from functools import lru_cache
@@ -10,7 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
 
 
 @lru_cache(maxsize=1)
@@ -25,15 +32,17 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
     Args:
         g: [..., m, n] floating; leading dimensions are a stack computed in one batch.
-        steps: iterations; 5 as published.
+        steps: iterations, 1 to 5.
 
     Returns:
         [..., m, n] in the dtype of g. Computed in bf16 on CUDA and on CPUs with AVX512-BF16, in fp32 on other CPUs, on
         the smaller side of the matrix. Not differentiable. An all-zero matrix gives zeros.
 
     Raises:
-        ValueError: g has fewer than two dimensions.
+        ValueError: g has fewer than two dimensions, or steps is not 1 to 5.
     """
+    if not 1 <= steps <= len(COEFFICIENTS):
+        raise ValueError(f"newton_schulz: steps is {steps}; expected 1 to {len(COEFFICIENTS)}")
     if g.dim() < 2:
         raise ValueError(f"newton_schulz: g is {tuple(g.shape)}; expected [..., m, n]")
     dtype = cpu_dtype() if g.device.type == "cpu" else torch.bfloat16
@@ -43,13 +52,12 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
 def newton_schulz_reference(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """The iteration in plain torch, computed in `dtype`."""
-    a, b, c = COEFFICIENTS
     rows, columns = g.shape[-2:]
     x = g.reshape(-1, rows, columns)
     x = x.mT if rows > columns else x
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
-    x = (x / (norm + 1e-7)).to(dtype).contiguous()
-    for _ in range(steps):
+    x = (x / (norm * 1.02 + 1e-7)).to(dtype).contiguous()
+    for a, b, c in COEFFICIENTS[:steps]:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.mT if rows > columns else x

@@ -75,10 +75,10 @@ def find(kind: str, tag: str | None = None, step: int | None = None) -> Path:
     runs = root(kind, "tag").parent
     make = f"uv run ghostvis-train {PHASE_OF_KIND[kind]}" if kind in PHASE_OF_KIND else "a training run of that kind"
     if tag is None:
-        found = [folder for path in runs.glob("*") if (folder := latest(path))]
-        if not found:
+        newest = [folder for path in runs.glob("*") if (folder := latest(path))]
+        if not newest:
             raise CheckpointError(f"no {kind} checkpoint in {runs}; `{make}` makes one")
-        return max(found, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
+        tag = max(newest, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns).parent.name
     run = root(kind, tag)
     folder = latest(run) if step is None else step_folder(run, step)
     if folder is None or not (folder / "meta.json").is_file():
@@ -213,6 +213,8 @@ def load(folder: Path) -> Checkpoint:
     Raises CheckpointError that lists missing and unexpected weights, or tells of a tokenizer that is not the model's.
     """
     meta = read_meta(folder)
+    if not meta.get("config"):
+        raise CheckpointError(f"{folder} is no language model: its meta.json has no config (a vision warm-up has none)")
     config = VLMConfig.from_dict(meta["config"])
     tokenizer = Tokenizer.load(folder)
     if tokenizer.hash != meta["tokenizer_hash"]:

@@ -33,7 +33,7 @@ class TextConfig:
     """Hidden width of the SwiGLU."""
     context_length: int = 2048
     """Longest document in tokens: rotary tables and caches end here."""
-    rope_theta: float = 100_000.0
+    rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     logit_softcap: float = 15.0
     """Logits become c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); 0 turns it off."""
@@ -158,7 +158,7 @@ _TABLE = {
     "siglip_so400m_14_384": ("vit_so400m_patch14_siglip_384.webli", 384, 14, 1152, 27, 16, 4304, 412_987_248),
     "clip_vit_l14": ("vit_large_patch14_clip_336.openai", 336, 14, 1024, 24, 16, 4096, 303_507_456),
     "eva_giant": ("eva_giant_patch14_clip_224.laion400m", 224, 14, 1408, 40, 16, 6144, 1_011_146_112),
-    "tiny": ("vit_tiny_patch16_224", 48, 8, 128, 3, 4, 512, 624_384),
+    "tiny": ("vit_tiny_patch16_224", 48, 8, 128, 3, 2, 384, 525_696),
 }
 _CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 

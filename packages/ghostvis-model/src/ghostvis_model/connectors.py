@@ -1,7 +1,7 @@
 """Connectors: [I, P, W] patches of the encoder -> [I, N, D] tokens of the decoder.
 
-All four have the same signature. I images, P patches, W vision width, N tokens of an image, D model width, s side of the
-N tokens as a square.
+All four have the same signature. I images, P patches, W vision width, N tokens of an image, D model width, s side of
+the N tokens as a square.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def _pool(patches: Tensor, side: int) -> Tensor:
     """Two-dimensional average: [I, P, W] -> [I, s*s, W]."""
     images, count, width = patches.shape
     grid = isqrt(count)
+    if grid % side == 0:  # on CPU a tenth of the time of adaptive_avg_pool2d
+        return patches.view(images, side, grid // side, side, grid // side, width).mean((2, 4)).flatten(1, 2)
     square = patches.transpose(1, 2).reshape(images, width, grid, grid)
     return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
@@ -78,48 +80,49 @@ class PixelShuffle(nn.Module):
 class Perceiver(nn.Module):
     """Queries that read the patches by cross-attention (Perceiver, arXiv 2103.03206; Flamingo's resampler, 2204.14198).
 
-    The queries start as the two-dimensional average of the patches plus a learned correction: from random queries the
-    tiny world had not begun to learn after 1,500 steps, from averages it learns at once.
+    A query starts as the two-dimensional average of its patches plus a learned position, itself the sum of one vector
+    for its row and one for its column. From random queries the tiny world had not begun to learn after 1,500 steps;
+    from averages with one random vector each it reached 0.86, 0.94 and 0.87 (seeds 0 to 2), with rows and columns
+    0.92, 0.96 and 0.91 (prototype on an H200, 2026-11-21).
     """
 
     def __init__(self, vision: VisionConfig, tokens: int, num_layers: int, hidden_size: int) -> None:
         super().__init__()
-        width = vision.hidden_size
         self.side = isqrt(tokens)
-        self.queries = nn.Parameter(torch.zeros(tokens, width))
-        self.positions = nn.Parameter(torch.randn(vision.num_patches, width) * 0.02)
-        self.layers = nn.ModuleList(PerceiverLayer(width, vision.num_heads) for _ in range(num_layers))
-        self.mlp = PatchMLP(width, hidden_size)
+        rows, columns = torch.randn(self.side, 1, hidden_size), torch.randn(1, self.side, hidden_size)
+        self.positions = nn.Parameter(((rows + columns) / 2**0.5).reshape(tokens, hidden_size))
+        self.patch_positions = nn.Parameter(torch.randn(vision.num_patches, hidden_size) * 0.02)
+        self.in_proj = nn.Linear(vision.hidden_size, hidden_size, bias=False)
+        self.layers = nn.ModuleList(PerceiverLayer(hidden_size) for _ in range(num_layers))
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        patches = rms_norm(patches)
-        queries = _pool(patches, self.side) + self.queries
-        keys = patches + self.positions
+        patches = self.in_proj(rms_norm(patches))
+        queries = rms_norm(_pool(patches, self.side)) + self.positions
+        keys = rms_norm(rms_norm(patches) + self.patch_positions)
         for layer in self.layers:
             queries = layer(queries, keys)
-        return self.mlp(queries)
+        return self.out_proj(rms_norm(queries))
 
 
 class PerceiverLayer(nn.Module):
     """Cross-attention from queries to patches, then an MLP, both residual and zero at the start."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = 64  # widths are 64 x depth
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up_proj = nn.Linear(width, 2 * width, bias=False)
+        self.down_proj = nn.Linear(2 * width, width, bias=False)
         nn.init.zeros_(self.o_proj.weight)
-        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        normed = rms_norm(queries)
-        q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1))
-            for projected in (self.q_proj(normed), self.k_proj(keys), self.v_proj(keys))
-        )
-        queries = queries + self.o_proj(attention(q, k, v, causal=False).flatten(-2))
-        return queries + self.down(F.gelu(self.up(rms_norm(queries))))
+        q = self.q_proj(rms_norm(queries)).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(keys).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(keys).unflatten(-1, (-1, self.head_dim))
+        queries = queries + self.o_proj(attention(rms_norm(q), rms_norm(k), v, causal=False).flatten(-2))
+        return queries + self.down_proj(F.silu(self.up_proj(rms_norm(queries))))

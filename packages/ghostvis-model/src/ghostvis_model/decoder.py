@@ -40,7 +40,7 @@ class KVCache:
 
 
 class Decoder(nn.Module):
-    """Token embeddings in, hidden states out; `lm_head` is applied by the caller, fused with the loss where there is one."""
+    """Token embeddings in, hidden states out; the caller applies `lm_head`, fused with the loss where there is one."""
 
     cos: Tensor
     sin: Tensor
@@ -84,6 +84,8 @@ class Decoder(nn.Module):
         if cache is not None:
             position_ids = cache.lengths[:, None] + torch.arange(embeddings.shape[1], device=embeddings.device)
         x = rms_norm(embeddings, eps=self.config.norm_eps)
+        if torch.is_autocast_enabled(x.device.type):  # else every product would cast the float32 stream anew
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for index, layer in enumerate(self.layers):
             x = layer(x, self.cos, self.sin, position_ids, packing, cache, index)
         return rms_norm(x, eps=self.config.norm_eps)

@@ -99,8 +99,8 @@ class VisionTower(nn.Module):
         size = self.config.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
             raise ConfigError(
-                f"{self.config.encoder} takes uint8 images [I, 3, {size}, {size}], got {images.dtype} {list(images.shape)}; "
-                "ghostvis_model.images.to_pixels makes them"
+                f"{self.config.encoder} takes uint8 images [I, 3, {size}, {size}], got {images.dtype} "
+                f"{list(images.shape)}; ghostvis_model.images.to_pixels makes them"
             )
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         features = self.encoder.forward_features(pixels)

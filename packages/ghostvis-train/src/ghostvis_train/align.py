@@ -66,7 +66,7 @@ def run(config: AlignConfig) -> Path:
         context,
         chosen,
         model=model,
-        optimizers=Optimizers([], connector_groups(model.connector, chosen.rates)),
+        optimizers=Optimizers(connector_groups(model.connector, chosen.rates)),
         stream=stream,
         data=stream.datasets,
         steps=options.steps or chosen.steps or stream.steps(1),

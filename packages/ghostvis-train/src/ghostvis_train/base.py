@@ -42,7 +42,7 @@ def run(config: BaseConfig) -> Path:
         context,
         chosen,
         model=model,
-        optimizers=Optimizers(*decoder_groups(model.decoder, chosen.rates)),
+        optimizers=Optimizers(decoder_groups(model.decoder, chosen.rates)),
         stream=stream,
         data=stream.datasets,
         steps=options.steps or chosen.steps or stream.steps(1),

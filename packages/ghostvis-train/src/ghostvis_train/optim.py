@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,18 +48,26 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(buffer, momentum)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Groups of parameters as torch takes them: {"params": [...], "lr": peak}."""
+
+    muon: list[dict[str, Any]] = field(default_factory=list)
+    adamw: list[dict[str, Any]] = field(default_factory=list)
+
+
 class Optimizers:
     """Muon and AdamW as one: a rate multiplier per step, one state."""
 
-    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]]) -> None:
-        """Groups as torch takes them: {"params": [...], "lr": peak, ...}; empty groups are left out."""
-        muon = [group for group in muon if group["params"]]
-        adamw = [group for group in adamw if group["params"]]
+    def __init__(self, *parts: Groups) -> None:
+        """The groups of each part of a model; empty ones are left out."""
+        muon = [group for groups in parts for group in groups.muon if group["params"]]
+        adamw = [group for groups in parts for group in groups.adamw if group["params"]]
         self.parts: list[torch.optim.Optimizer] = []
         if muon:
             self.parts.append(Muon(muon, lr=0.0))
         if adamw:
-            self.parts.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
+            self.parts.append(torch.optim.AdamW(adamw, betas=(0.9, 0.98), weight_decay=0.0, fused=True))
         for group in self.groups:
             group["peak"] = group["lr"]
 
@@ -96,16 +105,19 @@ def trapezoid(step: int, steps: int, warmup: float, decay: float, floor: float =
     return 1.0
 
 
-def decoder_groups(decoder: nn.Module, rates: dict[str, float]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Muon and AdamW groups of a decoder's learning parameters: layers' matrices; embedding and head."""
+def decoder_groups(decoder: nn.Module, rates: dict[str, float]) -> Groups:
+    """Layers' matrices by Muon; embedding and head by AdamW."""
     learning = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     embedding = [p for name, p in learning.items() if name.startswith("embed_tokens.")]
     head = [p for name, p in learning.items() if name.startswith("lm_head.")]
     matrices = [p for name, p in learning.items() if name.startswith("layers.")]
-    muon = [{"params": matrices, "lr": rates["matrix"]}]
-    return muon, [{"params": embedding, "lr": rates["embedding"]}, {"params": head, "lr": rates["head"]}]
+    adamw = [{"params": embedding, "lr": rates["embedding"]}, {"params": head, "lr": rates["head"]}]
+    return Groups([{"params": matrices, "lr": rates["matrix"]}], adamw)
 
 
-def connector_groups(connector: nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """AdamW group of a connector."""
-    return [{"params": [p for p in connector.parameters() if p.requires_grad], "lr": rates["connector"]}]
+def connector_groups(connector: nn.Module, rates: dict[str, float]) -> Groups:
+    """Matrices by Muon; positions by AdamW."""
+    learning = {name: p for name, p in connector.named_parameters() if p.requires_grad}
+    positions = [p for name, p in learning.items() if name.endswith("positions")]
+    matrices = [p for name, p in learning.items() if not name.endswith("positions")]
+    return Groups([{"params": matrices, "lr": rates["connector"]}], [{"params": positions, "lr": rates["positions"]}])

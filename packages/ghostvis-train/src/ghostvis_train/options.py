@@ -73,8 +73,8 @@ class VisionConfig:
     """Teach the tiny encoder to see (real recipes load a published encoder instead)."""
 
     run: Run = field(default_factory=RunOptions)
-    learning_rate: float | None = None
-    """Peak of AdamW. None: by the recipe's rule."""
+    encoder_lr: float | None = None
+    """Peak of Muon for the encoder's matrices. None: by the recipe's rule."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class AlignConfig:
     tokens_per_image: int | None = None
     """Tokens that the connector makes of one image. None: by the recipe's rule."""
     connector_lr: float | None = None
-    """Peak of the connector. None: by the recipe's rule."""
+    """Peak of Muon for the connector's matrices. None: by the recipe's rule."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SftConfig:
     head_lr: float | None = None
     """Peak of AdamW for the output head. None: by the recipe's rule."""
     connector_lr: float | None = None
-    """Peak of the connector. None: by the recipe's rule."""
+    """Peak of Muon for the connector's matrices. None: by the recipe's rule."""
     vision_lr: float = 2e-6
     """Peak of AdamW for the encoder, with --unfreeze-vit (LLaVA-NeXT)."""
     epochs: float = 1.0

@@ -15,7 +15,8 @@ class Settings:
     rows_per_step: int
     row_tokens: int
     rates: dict[str, float]
-    """Peak learning rate of each group: matrix (Muon), embedding, head, connector, encoder (AdamW)."""
+    """Peak learning rate of each group. Muon: matrix (the decoder's), connector, encoder (of the warm-up).
+    AdamW: embedding, head, positions (the connector's), rest (of the warm-up), vit (a published encoder)."""
     steps: int | None = None
     """None: the phase counts them from its data."""
     warmup: float = 0.0
@@ -37,20 +38,20 @@ class Eyes:
     tokens_per_image: int
 
 
-TINY_DEPTH = 4
+TINY_DEPTH = 2
 TINY_VOCAB = 384
-TINY_CONTEXT = 512
+TINY_CONTEXT = 1024
 TINY_EYES = Eyes("tiny", "perceiver", 9)
 REAL_VOCAB = 32_768
 REAL_EYES = Eyes("siglip2_l16_384", "perceiver", 64)
 
+_DECODER = {"matrix": 0.01, "embedding": 3e-3, "head": 3e-3}
+_CONNECTOR = {"connector": 0.01, "positions": 3e-3}
 TINY = {
-    "vision": Settings(rows_per_step=128, row_tokens=1, rates={"encoder": 2e-3}, steps=600, warmup=0.05, decay=0.6),
-    "base": Settings(8, 512, {"matrix": 0.02, "embedding": 0.05, "head": 0.004}, steps=300, warmup=0.02, decay=0.6),
-    "align": Settings(8, 512, {"connector": 3e-3}, steps=150, warmup=0.05, decay=0.6),
-    "sft": Settings(
-        8, 512, {"matrix": 0.01, "embedding": 0.02, "head": 0.002, "connector": 2e-3}, steps=500, warmup=0.02, decay=0.6
-    ),
+    "vision": Settings(128, 1, {"encoder": 0.02, "rest": 2e-3}, steps=300, warmup=0.03, decay=0.6),
+    "base": Settings(4, 1024, _DECODER, steps=600, warmup=0.02, decay=0.6),
+    "align": Settings(5, 512, _CONNECTOR, steps=250, warmup=0.04, decay=0.6),
+    "sft": Settings(6, 1024, {**_DECODER, **_CONNECTOR}, steps=1300, warmup=0.01, decay=0.6),
 }
 
 
@@ -78,12 +79,12 @@ def real_base(text: TextConfig, tokens_per_parameter: float) -> Settings:
 
 
 def real_align(text: TextConfig) -> Settings:
-    """LLaVA-1.5's stage one: connector alone at 1e-3; 32 rows of 2,048 tokens are about 350 captioned images."""
-    return Settings(32, text.context_length, {"connector": 1e-3}, warmup=0.03)
+    """Rates of the tiny world; 32 rows of 2,048 tokens are about 350 captioned images (LLaVA-1.5 takes 256)."""
+    return Settings(32, text.context_length, _CONNECTOR, warmup=0.03)
 
 
 def real_sft(text: TextConfig) -> Settings:
-    """A tenth of the pretraining rates for the decoder, 1e-4 for the connector."""
+    """A tenth of the rates of pretraining and of alignment."""
     narrow = (text.hidden_size / 768) ** -0.5
-    rates = {"matrix": 0.002, "embedding": 0.03 * narrow, "head": 0.0008 * narrow, "connector": 1e-4}
+    rates = {"matrix": 0.002, "embedding": 0.03 * narrow, "head": 0.0008 * narrow, "connector": 1e-3, "positions": 3e-4}
     return Settings(32, text.context_length, rates, warmup=0.03)

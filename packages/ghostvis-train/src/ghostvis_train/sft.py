@@ -15,7 +15,7 @@ from torch import nn
 from ghostvis_model import checkpoint
 from ghostvis_train import align, evaluate, settings
 from ghostvis_train.loop import train
-from ghostvis_train.optim import Optimizers, connector_groups, decoder_groups
+from ghostvis_train.optim import Groups, Optimizers, connector_groups, decoder_groups
 from ghostvis_train.options import AlignConfig, SftConfig, UserError
 from ghostvis_train.phase import (
     TINY_WORLD,
@@ -56,12 +56,11 @@ def run(config: SftConfig) -> Path:
         embedding=config.embedding_lr,
         head=config.head_lr,
         connector=config.connector_lr,
-        encoder=config.vision_lr if config.unfreeze_vit else None,
+        vit=config.vision_lr if config.unfreeze_vit else None,
     )
-    muon, adamw = decoder_groups(model.decoder, chosen.rates)
-    adamw += connector_groups(model.connector, chosen.rates)
-    if config.unfreeze_vit:
-        adamw += [{"params": list(model.vision.parameters()), "lr": chosen.rates["encoder"]}]
+    groups = [decoder_groups(model.decoder, chosen.rates), connector_groups(model.connector, chosen.rates)]
+    if config.unfreeze_vit:  # trained by AdamW where it comes from; Muon would undo that (arXiv 2605.10468)
+        groups.append(Groups(adamw=[{"params": list(model.vision.parameters()), "lr": chosen.rates["vit"]}]))
     recipe = open_data(options.data_recipe, options.seed)
     stream = make_stream(recipe, "sft", source.tokenizer, model.config, chosen, options)
     job = make_job(
@@ -71,7 +70,7 @@ def run(config: SftConfig) -> Path:
         context,
         chosen,
         model=model,
-        optimizers=Optimizers(muon, adamw),
+        optimizers=Optimizers(*groups),
         stream=stream,
         data=stream.datasets,
         steps=options.steps or chosen.steps or stream.steps(config.epochs),
