@@ -57,7 +57,7 @@ def test_a_misshapen_weight_is_refused_with_both_shapes(saved):
 def test_a_truncated_weight_file_is_named(saved):
     content = (saved / "vision.safetensors").read_bytes()
     (saved / "vision.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="vision.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"vision\.safetensors is damaged"):
         checkpoint.load(saved)
 
 
@@ -75,7 +75,7 @@ def test_damaged_meta_is_named(saved):
     with pytest.raises(CheckpointError, match="no config"):
         checkpoint.load(saved)
     (saved / "meta.json").write_text("{")
-    with pytest.raises(CheckpointError, match="meta.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged"):
         checkpoint.load(saved)
     (saved / "meta.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):

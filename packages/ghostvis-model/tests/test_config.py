@@ -41,6 +41,13 @@ def test_flops_are_six_per_multiplying_parameter_plus_attention():
     assert c.flops_per_token(text) - c.flops_per_token(text, 0) == 6 * 20 * 1280 * 2048
 
 
+def test_the_encoders_flops_count_every_product_of_every_patch():
+    tiny = c.ENCODERS["tiny"]
+    products = 3 * (4 * 128 * 128 + 2 * 128 * 384) + 3 * 8 * 8 * 128
+    assert c.vision_flops_per_image(tiny) == 2 * 36 * products + 3 * 4 * 36 * 36 * 128
+    assert 0.36e12 < c.vision_flops_per_image(c.ENCODERS["siglip2_l16_384"]) < 0.40e12
+
+
 def test_a_config_survives_json_and_refuses_strangers():
     import json
 

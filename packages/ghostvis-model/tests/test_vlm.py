@@ -131,6 +131,18 @@ def test_cached_decoding_equals_the_full_forward_in_a_ragged_batch(model):
             torch.testing.assert_close(model.decoder.logits(hidden[row, 0]), full[row][at[row]], rtol=0, atol=1e-4)
 
 
+def test_half_of_a_packing_is_refused(model):
+    packed = batch(model, [30, 20], [])
+    with pytest.raises(ValueError, match="belong together"):
+        model(**{**packed, "max_seqlen": None})
+
+
+def test_an_unfrozen_encoder_joins_a_batch_without_images_too(model):
+    model.train()
+    model(**batch(model, [25], [])).backward()
+    assert all(p.grad is not None for p in model.vision.encoder.blocks.parameters())
+
+
 def test_a_text_model_refuses_images(tokenizer):
     from ghostvis_model.config import VLMConfig
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from ghostvis_model.errors import GhostVisError
 from ghostvis_train import align, base, sft
 from ghostvis_train.loop import _train_step
 from ghostvis_train.options import AlignConfig, BaseConfig, RunOptions, SftConfig, UserError
-from ghostvis_train.phase import rows_per_step, tag_of
+from ghostvis_train.phase import find_source, rows_per_step, tag_of
 from ghostvis_train.settings import Settings
 
 
@@ -115,7 +114,7 @@ def test_the_loss_is_divided_by_the_tokens_of_the_whole_step():
 
     class Optimizers:
         def __init__(self, model):
-            self.parameters, self.seen = list(model.parameters()), None
+            self.parameters, self.seen = list(model.parameters()), torch.zeros(())
 
         def step(self, multiplier):
             self.seen = self.parameters[0].grad.clone()
@@ -137,15 +136,15 @@ def test_the_loss_is_divided_by_the_tokens_of_the_whole_step():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (BaseConfig(RunOptions(data_recipe="tinyworld")), "tiny_world"),
+        (BaseConfig(RunOptions(data_recipe="tinyworld", depth=4)), "tiny_world"),
         (BaseConfig(RunOptions(depth=5)), "4 and 6"),
+        (BaseConfig(RunOptions(depth=0)), "2 and 4"),
+        (BaseConfig(RunOptions(data_recipe="texts", model_tag="d20")), "--depth 20"),
         (BaseConfig(RunOptions(total_batch_size=700)), "nearest: 512 and 768"),
         (BaseConfig(RunOptions(device_batch_size=5)), "2 rows per step"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_training(small_world, config, message):
-    if config.run.data_recipe == "tinyworld":
-        config = replace(config, run=replace(config.run, depth=4))
     with pytest.raises(GhostVisError, match=message):
         base.run(config)
 
@@ -158,14 +157,34 @@ def test_a_real_recipe_without_a_source_names_the_command(small_world, tmp_path)
         align.run(AlignConfig(options))
 
 
+def test_a_source_is_a_kind_one_run_of_it_or_a_folder(trained):
+    newest = checkpoint.find("mid")
+    for source in ("mid", "mid/tiny", str(newest), str(newest.parent)):
+        assert find_source(source, RunOptions()) == newest
+    with pytest.raises(GhostVisError, match="found: tiny"):
+        find_source("mid/d20", RunOptions())
+    with pytest.raises(UserError, match="has depth 2"):
+        find_source("mid", RunOptions(depth=4))
+
+
+@pytest.mark.parametrize("name", ["steps", "total_batch_size", "device_batch_size", "save_every"])
+def test_a_number_below_one_is_refused(name):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0"):
+        RunOptions(**{name: 0})
+
+
+def test_rows_longer_than_the_models_context_are_refused(trained):
+    options = RunOptions(device="cpu", model_tag="long", context_length=4096)
+    with pytest.raises(UserError, match="the model reads 1024"):
+        sft.run(SftConfig(options, source="mid/tiny"))
+
+
 def test_tags_tell_runs_apart(tmp_path):
     assert tag_of(RunOptions()) == "tiny"
     assert tag_of(RunOptions(seed=2)) == "tiny-seed2"
     assert tag_of(RunOptions(data_recipe="texts", depth=20)) == "d20"
     assert tag_of(RunOptions(data_recipe="mine/"), tmp_path / "tiny" / "step_000004") == "tiny-mine"
     assert tag_of(RunOptions(model_tag="x", seed=2)) == "x"
-    with pytest.raises(UserError, match="--depth 20"):
-        tag_of(RunOptions(data_recipe="texts"))
 
 
 def test_a_batch_size_is_whole_rows():

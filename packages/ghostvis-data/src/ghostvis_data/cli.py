@@ -16,6 +16,8 @@ from ghostvis_data.errors import DataError, explain
 from ghostvis_data.shards import Dataset, read_manifest
 from ghostvis_data.sources import MAX_SIDE
 from ghostvis_data.tiny_build import TinyWorldSizes, build_tiny_world
+from ghostvis_model.errors import GhostVisError, message_of
+from ghostvis_model.paths import newest_tokenizer
 from ghostvis_model.tokenizer import Tokenizer
 
 EXAMPLES = """Pictures and text as training data.
@@ -66,7 +68,7 @@ class Check:
     tokens_per_image: int = 64
     """Of the model that will read the data."""
     sample: str | None = None
-    """Show this sample as the model reads it, with its loss mask (needs --tokenizer)."""
+    """Show this sample as the model reads it, with its loss mask; --tokenizer None is the one trained last."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
             case Inspect():
                 contact_sheet(command.source, command.samples).save(command.out, "PNG")
                 print(f"{command.out}: a page of samples of {command.source}")
-    except (ValueError, OSError) as error:  # ours are ValueErrors that explain themselves; a full disk is an OSError
-        if isinstance(error, ValueError) and not str(error).startswith("ghostvis: "):
-            raise
-        text = str(error)
-        print(text if text.startswith("ghostvis: ") else explain(f"{text}.", likely="the disk"), file=sys.stderr)
+    except GhostVisError as error:
+        print(message_of(error), file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(explain(f"{error}.", likely="a full or read-only disk"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ghostvis: stopped; nothing was written.", file=sys.stderr)
@@ -140,7 +142,8 @@ def run_build(command: Build) -> None:
 
 def run_check(command: Check) -> int:
     """`ghostvis-data check`; 1 when a data set has problems."""
-    tokenizer = Tokenizer.load(command.tokenizer) if command.tokenizer else None
+    folder = command.tokenizer or (newest_tokenizer() if command.sample else None)
+    tokenizer = Tokenizer.load(folder) if folder else None
     if command.source.is_file():
         print(check_jsonl(command.source, MAX_SIDE))
         return 0
@@ -149,7 +152,7 @@ def run_check(command: Check) -> int:
         if tokenizer is None:
             raise DataError(
                 explain(
-                    "--sample needs a tokenizer to show tokens.",
+                    "--sample needs a tokenizer to show tokens, and none has been trained here.",
                     expected="--tokenizer with a checkpoint folder, or a tokenizer.json",
                     next_step=f"ghostvis-data check {command.source} --sample {command.sample} --tokenizer FOLDER",
                 )

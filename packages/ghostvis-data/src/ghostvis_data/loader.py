@@ -51,11 +51,6 @@ class Batch:
         names = ("ids", "targets", "position_ids", "cu_seqlens", "images", "image_index")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
-    def pin(self) -> Batch:
-        """The same batch in page-locked memory, for copies to a GPU that do not wait."""
-        names = ("ids", "targets", "position_ids", "cu_seqlens", "images", "image_index")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
-
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments of `GhostVis.forward`; without images where there are none."""
         seen = {"images": self.images, "image_index": self.image_index} if len(self.images) else {}

@@ -16,7 +16,6 @@ from ghostvis_data.shards import Dataset, read_manifest
 from ghostvis_data.tasks import Task, get_task
 from ghostvis_data.tiny_build import Progress, TinyWorldSizes, build_tiny_world
 
-PHASES = ("tokenizer", "vision", "base", "align", "sft")
 RECIPES = {"tiny_world": "pictures of coloured shapes, rendered here from a seed: the built-in default"}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ghostvis_data.files import atomic_write
 from ghostvis_data.shards import Dataset, Sample
 from ghostvis_model.chat import ChatTokenizer, Rendered, check_image_count, render
-from ghostvis_model.home import home
+from ghostvis_model.paths import home
 
 RENDERING = 1  # goes into the name of cached lengths; raise it when the chat template changes
 

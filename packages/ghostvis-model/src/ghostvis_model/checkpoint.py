@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ghostvis_model.config import VLMConfig
 from ghostvis_model.errors import GhostVisError
-from ghostvis_model.home import home
+from ghostvis_model.paths import home
 from ghostvis_model.tokenizer import Tokenizer
 from ghostvis_model.vlm import GhostVis
 
@@ -63,8 +63,8 @@ def step_folder(run: Path, step: int) -> Path:
 
 def latest(run: Path) -> Path | None:
     """Newest complete step folder of a run, or None."""
-    steps = sorted(path for path in run.glob("step_??????") if (path / "meta.json").is_file())
-    return steps[-1] if steps else None
+    steps = [path for path in run.glob("step_*") if (path / "meta.json").is_file()]
+    return max(steps, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
 def find(kind: str, tag: str | None = None, step: int | None = None) -> Path:
@@ -105,7 +105,12 @@ def resolve(source: str | Path) -> Path:
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
-        return resolve(snapshot_download(source))
+        try:
+            return resolve(snapshot_download(source))
+        except (OSError, ValueError) as error:  # hub and network errors are OSErrors, malformed ids ValueErrors
+            raise CheckpointError(
+                f"{source} is no folder here, and as a hub id it could not be downloaded: {error}"
+            ) from error
     raise CheckpointError(f"{source} is neither a checkpoint's folder nor a hub id (owner/name)")
 
 

@@ -60,8 +60,10 @@ class GhostVis(nn.Module):
         position_ids int64 [B, T], restarting with every document
         cu_seqlens   int32 [documents+1] over B*T, with max_seqlen: documents that do not see each other
         targets      int64 [B, T], -100 where nothing is learned
-        Raises RenderError if the placeholders are not images x tokens.
+        Raises RenderError if the placeholders are not images x tokens, ValueError for half of a packing.
         """
+        if (cu_seqlens is None) != (max_seqlen is None):
+            raise ValueError("cu_seqlens and max_seqlen belong together: without both, documents would see each other")
         x = self.embed(ids, images, image_index)
         packing = Packing(cu_seqlens, max_seqlen) if cu_seqlens is not None and max_seqlen is not None else None
         hidden = self.decoder(x, position_ids, packing, cache)
@@ -87,9 +89,10 @@ class GhostVis(nn.Module):
         x = self.decoder.embed_tokens(ids)
         count = 0 if images is None else images.shape[0]
         slots = 0 if image_index is None else image_index.shape[0]
-        check_image_count(slots, count, self.config.tokens_per_image)
         if self.connector is None:
+            check_image_count(0, count, 1)  # a model without eyes takes no image at all
             return x
+        check_image_count(slots, count, self.config.tokens_per_image)
         if images is None or image_index is None or count == 0:
             return x + self._nothing_seen() if self.training else x
         features = self.connector(self.encode(images))
@@ -97,11 +100,12 @@ class GhostVis(nn.Module):
         return place.index_copy(0, image_index, features.flatten(0, 1).to(place.dtype)).view_as(x)
 
     def _nothing_seen(self) -> Tensor:
-        """Zero, through the connector: a rank whose batch has no image must still join the gradient reduction."""
+        """Zero, through all of the eyes: a rank whose batch has no image must still join the gradient reduction."""
         assert self.connector is not None
         assert self.config.vision is not None
-        blank = torch.zeros(1, self.config.vision.num_patches, self.config.vision.hidden_size, device=self.device)
-        return 0.0 * self.connector(blank).sum()
+        side = self.config.vision.image_size
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
+        return 0.0 * self.connector(self.encode(blank)).sum()
 
     @classmethod
     def from_pretrained(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from ghostvis_model.errors import GhostVisError, message_of
 from ghostvis_serve.config import AnswerConfig, ChatConfig, WebConfig
-from ghostvis_serve.errors import UserError, explain
+from ghostvis_serve.errors import UserError
 
 if TYPE_CHECKING:
     from ghostvis_serve.loading import Loaded
@@ -36,18 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chat(config) if isinstance(config, ChatConfig) else web(config)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except _user_errors() as error:
-        print(explain(error), file=sys.stderr)
+    except GhostVisError as error:
+        print(message_of(error), file=sys.stderr)
         return 1
     return 0
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What ends a command with a message instead of a traceback. (A function: importing these takes a second.)"""
-    from ghostvis_model import CheckpointError, ContextOverflow, ImageError, RenderError
-    from ghostvis_model.tokenizer import TokenizerError
-
-    return UserError, CheckpointError, TokenizerError, ImageError, RenderError, ContextOverflow
 
 
 def chat(config: ChatConfig) -> None:

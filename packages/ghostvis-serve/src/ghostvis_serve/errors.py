@@ -1,13 +1,10 @@
 """Errors that a person can do something about."""
 
+from ghostvis_model.errors import GhostVisError
 
-class UserError(ValueError):
+
+class UserError(GhostVisError):
     """What was asked for cannot be done; the message says what to do instead."""
-
-
-def explain(error: Exception) -> str:
-    """The error as it is shown: `ghostvis: ` in front, once."""
-    return f"ghostvis: {plain(error)}"
 
 
 def plain(error: Exception) -> str:

@@ -9,8 +9,8 @@ from typing import TextIO
 from PIL import Image
 
 from ghostvis_model import ContextOverflow, ImageError, RenderError, load_image
+from ghostvis_model.errors import message_of
 from ghostvis_serve.engine import ChatModel, Message, Sampling
-from ghostvis_serve.errors import explain
 
 HELP = """\
 /image PATH   show a picture with the next question (several pictures: once each, or PATH PATH)
@@ -89,9 +89,9 @@ def run(conversation: Conversation, name: str, read_line: Callable[[str], str], 
         try:
             _act(conversation, line, out)
         except (ImageError, RenderError) as error:
-            print(explain(error), file=out)
+            print(message_of(error), file=out)
         except ContextOverflow as error:
-            print(f"{explain(error)}\n  try /reset for a new conversation", file=out)
+            print(f"{message_of(error)}\n  try /reset for a new conversation", file=out)
 
 
 def _act(conversation: Conversation, line: str, out: TextIO) -> None:

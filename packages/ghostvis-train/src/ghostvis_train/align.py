@@ -1,7 +1,7 @@
 """Give the decoder eyes: the connector learns captions while decoder and encoder stay frozen.
 
 uv run ghostvis-train align                                              # the tiny world
-torchrun --nproc-per-node 8 -m ghostvis_train align --source base --model-tag d20 --data-recipe captions/
+torchrun --nproc-per-node 8 -m ghostvis_train align --source base/d20 --data-recipe captions/
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(config: AlignConfig) -> Path:
     if tiny and config.source == "base":
         parent = base.run(BaseConfig(before(options)))
     else:
-        parent = find_source(config.source, options.model_tag)
+        parent = find_source(config.source, options)
     weights = config.encoder_weights or "hub"
     if tiny and config.encoder_weights is None:
         weights = str(vision.run(VisionConfig(before(options))) / "vision.safetensors")

@@ -13,21 +13,23 @@ from ghostvis_model.vlm import GhostVis
 from ghostvis_train import settings, tokenizer
 from ghostvis_train.loop import train
 from ghostvis_train.optim import Optimizers, decoder_groups
-from ghostvis_train.options import BaseConfig
+from ghostvis_train.options import BaseConfig, UserError
 from ghostvis_train.phase import TINY_WORLD, announce, make_job, make_stream, open_data, start_phase, tag_of
 
 
 def run(config: BaseConfig) -> Path:
     """Train to the end; the checkpoint's folder."""
     options = config.run
+    tiny = options.data_recipe == TINY_WORLD
+    if options.depth is None and not tiny:
+        raise UserError(f"which depth? `--depth 20` for a model of 20 layers on {options.data_recipe} (an even number)")
     tag = tag_of(options)
     context = start_phase(options, tag)
     announce("base", f"pretraining on text ({options.data_recipe}) -> base_checkpoints/{tag}")
     recipe = open_data(options.data_recipe, options.seed)
     tokens = tokenizer.for_run(options, tag, config.tokenizer)
-    tiny = options.data_recipe == TINY_WORLD
     text = get_config(
-        options.depth or settings.TINY_DEPTH,
+        settings.TINY_DEPTH if options.depth is None else options.depth,
         tokens.vocab_size,
         options.context_length or (settings.TINY_CONTEXT if tiny else 2048),
     )

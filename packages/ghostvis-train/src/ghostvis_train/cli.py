@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Annotated
 
 import tyro
@@ -38,7 +39,7 @@ Command = (
 )
 
 
-def dispatch(config: Command) -> None:
+def dispatch(config: Command, started: float) -> None:
     """Run a command. The phases are imported here, so that --help answers at once."""
     from ghostvis_train import align, base, evaluate, sft, tokenizer, vision
 
@@ -52,16 +53,17 @@ def dispatch(config: Command) -> None:
         case AlignConfig():
             align.run(config)
         case SftConfig():
-            sft.run(config)
+            sft.run(config, started)
         case EvalConfig():
-            evaluate.run(config)
+            evaluate.run(config, started)
 
 
 def main() -> None:
     """Parse the command line and run. User errors print without a traceback; exit code 1, or 130 after Ctrl-C."""
+    started = time.perf_counter()
     config = tyro.cli(Command, prog="ghostvis-train", description=EXAMPLES)
     try:
-        dispatch(config)
+        dispatch(config, started)
     except KeyboardInterrupt:
         print(
             "\nghostvis: stopped. The last checkpoint is kept; type the same command to go on from it.", file=sys.stderr

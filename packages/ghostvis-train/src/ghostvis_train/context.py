@@ -7,6 +7,7 @@ import json
 import random
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ghostvis_model.paths import home
 from ghostvis_train.options import Tracker, UserError
 
 
@@ -83,10 +85,13 @@ class Context:
 
 def start(tag: str, seed: int, device: str, precision: str, tracker: Tracker, run: str | None) -> Context:
     """Set up device, ranks and seeds. Raises UserError for a device that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; leave the flag out, or look at `nvidia-smi`")
+    on_cpu = resolve_device(device).type == "cpu"
+    if tracker != "none" and find_spec(tracker) is None:
+        raise UserError(f"--tracker {tracker}, but it is not installed; `uv pip install {tracker}`")
     _keep_freed_memory()
-    accelerator = Accelerator(cpu=device == "cpu", log_with=None if tracker == "none" else tracker)
+    accelerator = Accelerator(
+        cpu=on_cpu, log_with=None if tracker == "none" else tracker, project_dir=str(home() / "trackers")
+    )
     accelerator.init_trackers(run or tag)
     random.seed(seed)
     np.random.seed(seed)
@@ -109,6 +114,13 @@ def _keep_freed_memory() -> None:
             (-8, 1),
         ):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
             library.mallopt(option, value)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where torch sees it, else the CPU. Raises UserError for CUDA that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device; leave the flag out, or look at `nvidia-smi`")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

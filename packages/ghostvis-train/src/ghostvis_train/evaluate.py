@@ -22,23 +22,23 @@ from ghostvis_model.chat import render_for_completion
 from ghostvis_model.generation import generate, read_prompt, tokenizer_of
 from ghostvis_model.vlm import GhostVis
 from ghostvis_train import samples
+from ghostvis_train.context import resolve_device
 from ghostvis_train.options import EvalConfig, UserError
 from ghostvis_train.phase import TINY_WORLD, announce, open_data
 
 ANSWER_TOKENS = 32
 
 
-def run(config: EvalConfig) -> Path:
-    """Evaluate a checkpoint by itself; its folder."""
-    started = time.perf_counter()
+def run(config: EvalConfig, started: float | None = None) -> Path:
+    """Evaluate a checkpoint by itself; its folder. `started` is as in `report`, default now."""
+    started = time.perf_counter() if started is None else started
     if config.source in checkpoint.KINDS:
         folder = checkpoint.find(config.source, config.model_tag, config.step)
     else:
         folder = checkpoint.resolve(config.source)
     plan = checkpoint.read_meta(folder)["plan"]
     recipe = open_data(config.data_recipe or plan["data_recipe"], plan["seed"])
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    report(folder, recipe, device, started, config.batch_size, config.max_samples)
+    report(folder, recipe, resolve_device(config.device), started, config.batch_size, config.max_samples)
     return folder
 
 
@@ -50,14 +50,16 @@ def report(
     batch_size: int = 128,
     max_samples: int | None = None,
 ) -> dict[str, Any]:
-    """Score every evaluation of the recipe, print the table, save eval.json and sample pictures beside the steps.
+    """Score every evaluation of the recipe, print the tables, save eval.json and sample pictures beside the steps.
+
+    With `max_samples` nothing is saved, so that a quick look never replaces the full figures.
 
     started: `time.perf_counter()` at the start of the command; the reported wall time counts from there.
     Raises UserError if the recipe has nothing held out.
     """
     if not recipe.evaluations:
         raise UserError(
-            f"{recipe.name} has no held-out samples to score; build it with `ghostvis-data build ... --val-fraction 0.1`"
+            f"{recipe.name} has no held-out samples; `ghostvis-data build ... --val-fraction 0.1` keeps a tenth"
         )
     announce("eval", f"{folder} on {recipe.name}")
     model = GhostVis.from_pretrained(folder, device)
@@ -68,13 +70,17 @@ def report(
         count = min(len(dataset), max_samples or len(dataset))
         asked = [recipe.task.questions(dataset[index]) for index in range(count)]
         questions = [question for group in asked for question in group]
+        if not questions:
+            raise UserError(
+                f"{recipe.evaluations[name]} has no question to ask: a text recipe is not scored by answers"
+            )
         results[name] = {}
         for view, prompts in views(asked).items():
             replies = answer(model, prompts, batch_size, f"{name}, {view}")
             judged = [recipe.task.judge(*pair) for pair in zip(replies, questions, strict=True)]
             results[name][view] = summarize(questions, judged)
-            if view == "seen" and name == next(iter(recipe.evaluations)):
-                samples.save(folder.parent / "samples", asked, replies)
+            if view == "seen" and name == next(iter(recipe.evaluations)) and max_samples is None:
+                samples.save(folder.parent / "samples", asked, replies, judged)
         guesses = [majority.get(question.type, "") for question in questions]
         judged = [recipe.task.judge(*pair) for pair in zip(guesses, questions, strict=True)]
         results[name]["majority"] = summarize(questions, judged)
@@ -92,7 +98,8 @@ def report(
     }
     if recipe.name == TINY_WORLD:
         facts["headline"] = headline(results, facts["wall_s"])
-    (folder.parent / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
+    if max_samples is None:
+        (folder.parent / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(closing(folder, facts), flush=True)
     return facts
 
@@ -191,20 +198,22 @@ def headline(results: dict[str, dict[str, dict[str, Score]]], wall_s: float) -> 
 def closing(folder: Path, facts: dict[str, Any]) -> str:
     """Where things are, what to type next, and the tiny world's one line."""
     source = folder.parent.parent.name.removesuffix("_checkpoints")
+    flags = f"--source {source} --model-tag {folder.parent.name}"
     lines = [
         f"\nscores       {folder.parent / 'eval.json'}",
         f"pictures     {folder.parent / 'samples'}",
         f"checkpoint   {folder}",
         f"weights      sha256 {facts['weights_hash']}",
-        f"next         uv run ghostvis-serve chat --source {source} --model-tag {folder.parent.name}   (then /image PATH)",
-        f"             uv run ghostvis-serve web --source {source} --model-tag {folder.parent.name}",
+        f"next         uv run ghostvis-serve chat {flags}   (then /image PATH)",
+        f"             uv run ghostvis-serve web {flags}",
         "             uv run ghostvis-data build my.jsonl my_data/ "
         "&& uv run ghostvis-train sft --data-recipe my_data/ --source mid",
     ]
     if "headline" in facts:
         figures = facts["headline"]
         lines.append(
-            f"tiny_world held-out: accuracy {figures['accuracy']}, blind {figures['blind']}, majority {figures['majority']}, "
-            f"combinations {figures['combinations']}, n {figures['n']}, wall {figures['wall_s']} s"
+            f"tiny_world held-out: accuracy {figures['accuracy']}, blind {figures['blind']}, "
+            f"majority {figures['majority']}, combinations {figures['combinations']}, "
+            f"n {figures['n']}, wall {figures['wall_s']} s"
         )
     return "\n".join(lines)

@@ -71,6 +71,8 @@ class Plan:
     """Weights hash of the checkpoint that this run began from."""
     data: str
     """Hash of the training data."""
+    tokenizer: str | None
+    """Hash of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Job:
 
 
 def check_plan(plan: Plan, folder: Path) -> None:
-    """Raises UserError if the checkpoint in `folder` was made under another plan: its run cannot go on under this one."""
+    """Raises UserError if the checkpoint in `folder` was made under another plan: its run cannot go on under ours."""
     old, new = checkpoint.read_meta(folder)["plan"], asdict(plan)
     different = [key for key in new if old.get(key) != new[key]]
     if different:
@@ -113,6 +115,7 @@ def train(job: Job, context: Context) -> Path:
     if step == plan.steps:
         return checkpoint.step_folder(run, step)
     clock = Clock(plan.steps - step)
+    metrics: dict[str, float] = {}
     while step < plan.steps:
         metrics = _train_step(job, model, step, context)
         step += 1
@@ -120,8 +123,9 @@ def train(job: Job, context: Context) -> Path:
         if step % job.log_every == 0 or step == plan.steps or step == 1:
             context.say(_line(plan, step, metrics, clock))
         if step % job.save_every == 0 and step < plan.steps:
-            _save(job, run, step, context)
-    folder = _save(job, run, step, context)
+            _save(job, run, step, metrics, context)
+    folder = _save(job, run, step, metrics, context)
+    context.accelerator.end_training()
     context.say(f"{plan.phase}: done, {plan.steps} steps in {clock.seconds:.0f} s -> {folder}")
     return folder
 
@@ -164,13 +168,13 @@ def _train_step(job: Job, model: nn.Module, step: int, context: Context) -> dict
     }
 
 
-def _save(job: Job, run: Path, step: int, context: Context) -> Path:
+def _save(job: Job, run: Path, step: int, metrics: dict[str, float], context: Context) -> Path:
     """Write a checkpoint and drop the one before it: a complete one exists at every moment."""
     done = step == job.plan.steps
     if context.is_main:
         before = checkpoint.latest(run)
         state = {"optimizers": job.optimizers.state_dict(), "random": torch.get_rng_state()}
-        meta = {**job.meta, "phase": job.plan.phase, "finished": done, "plan": asdict(job.plan)}
+        meta = {**job.meta, "phase": job.plan.phase, "finished": done, "metrics": metrics, "plan": asdict(job.plan)}
         folder = checkpoint.save(run, step, job.model, job.tokenizer, meta, None if done else state)
         if before is not None and before != folder:
             shutil.rmtree(before)

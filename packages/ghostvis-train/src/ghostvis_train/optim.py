@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
             stacks: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -95,13 +95,13 @@ class Optimizers:
             part.load_state_dict(saved)
 
 
-def trapezoid(step: int, steps: int, warmup: float, decay: float, floor: float = 0.0) -> float:
-    """Rate multiplier of a step: linear warm-up, flat, linear decay to `floor`; both as shares of the run."""
+def trapezoid(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Rate multiplier of a step: linear warm-up, flat, linear decay to zero; both as shares of the run."""
     warmup_steps, decay_steps = round(warmup * steps), round(decay * steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if step >= steps - decay_steps:
-        return floor + (1 - floor) * (steps - step) / decay_steps
+        return (steps - step) / decay_steps
     return 1.0
 
 

@@ -24,9 +24,9 @@ class RunOptions:
     data_recipe: str = "tiny_world"
     """A named recipe, or a folder made by `ghostvis-data build`."""
     depth: int | None = None
-    """Layers of the decoder; width, heads and schedule follow. None: that of the recipe or of the source checkpoint."""
+    """Layers of the decoder, even; width, heads and schedule follow. None: that of the tiny world or of the source."""
     model_tag: str | None = None
-    """Name of the run's folder. None: `tiny` (with `-seed1` for seed 1) in the tiny world, else from depth and recipe."""
+    """Name of the run's folder. None: `tiny` (`tiny-seed1`) in the tiny world, else from depth or source and recipe."""
     seed: int = 0
     """Seeds the weights, the order of the data, and the tiny world itself."""
     steps: int | None = None
@@ -34,7 +34,7 @@ class RunOptions:
     total_batch_size: int | None = None
     """Tokens of one optimizer step over all ranks and micro-batches. None: by the recipe's rule."""
     device_batch_size: int | None = None
-    """Rows of one micro-batch on one device. None: all rows of a step in the tiny world, else 8."""
+    """Rows of one micro-batch on one device. None: all rows of a step in the tiny world, else at most 8."""
     context_length: int | None = None
     """Tokens of a row. None: by the recipe's rule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -50,6 +50,12 @@ class RunOptions:
     tracker: Tracker = "none"
     """Where metrics also go, through accelerate; log.jsonl is always written."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "total_batch_size", "device_batch_size", "context_length", "save_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1, or leave it out")
+
 
 Run = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
 
@@ -59,9 +65,9 @@ class TokenizerConfig:
     """Train a byte-level BPE tokenizer."""
 
     data_recipe: str = "tiny_world"
-    """A named recipe, or a text file or folder of text files."""
+    """A named recipe, or a folder of texts made by `ghostvis-data build`."""
     vocab_size: int | None = None
-    """Bytes, merges and special tokens together. None: 512 in the tiny world, else 32,768."""
+    """Bytes, merges and special tokens together. None: 384 in the tiny world, else 32,768."""
     model_tag: str | None = None
     """Name of the tokenizer's folder. None: as the model of the same recipe and seed."""
     seed: int = 0
@@ -100,7 +106,7 @@ class AlignConfig:
 
     run: Run = field(default_factory=RunOptions)
     source: str = "base"
-    """Kind of checkpoint to start from (its newest run, or the one of the recipe), or a checkpoint's folder."""
+    """What to start from: a kind of checkpoint (`mid`: its newest run), one run of it (`mid/d20`), or a folder."""
     encoder: str | None = None
     """Vision encoder. None: `tiny` in the tiny world, else siglip2_l16_384."""
     encoder_weights: str | None = None
@@ -122,7 +128,7 @@ class SftConfig:
 
     run: Run = field(default_factory=RunOptions)
     source: str = "mid"
-    """Kind of checkpoint to start from (its newest run, or the one of the recipe), or a checkpoint's folder."""
+    """What to start from: a kind of checkpoint (`mid`: its newest run), one run of it (`mid/d20`), or a folder."""
     unfreeze_llm_layers: str = "all"
     """Last layers of the decoder that learn: a number, or `all` (embedding and head too)."""
     unfreeze_vit: bool = False

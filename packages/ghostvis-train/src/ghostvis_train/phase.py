@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ MICRO_BATCH_ROWS = 8  # of real runs, unless --device-batch-size says otherwise
 
 
 def announce(phase: str, what: str) -> None:
-    """A heading for a phase."""
-    print(f"\n== {phase}: {what}", flush=True)
+    """A heading for a phase, on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n== {phase}: {what}", flush=True)
 
 
 def open_data(name: str, seed: int) -> Recipe:
@@ -56,11 +58,8 @@ def tag_of(run: RunOptions, source: Path | None = None) -> str:
         return run.model_tag
     if run.data_recipe == TINY_WORLD:
         return "tiny" if run.seed == 0 else f"tiny-seed{run.seed}"
-    recipe = Path(run.data_recipe).resolve().name
     if source is not None:
-        return f"{source.parent.name}-{recipe}"
-    if run.depth is None:
-        raise UserError(f"which depth? `--depth 20` for a model of 20 layers on {run.data_recipe} (an even number)")
+        return f"{source.parent.name}-{Path(run.data_recipe).resolve().name}"
     return f"d{run.depth}"
 
 
@@ -74,11 +73,24 @@ def before(run: RunOptions) -> RunOptions:
     return replace(run, steps=None, total_batch_size=None, device_batch_size=None, save_every=None, log_every=None)
 
 
-def find_source(source: str, tag: str | None) -> Path:
-    """The checkpoint to start from: a folder, or the newest of a kind (of the run `tag`, where one is named)."""
-    if source in checkpoint.KINDS:
-        return checkpoint.find(source, tag)
-    return checkpoint.resolve(source)
+def find_source(source: str, run: RunOptions) -> Path:
+    """The checkpoint to start from: the newest of a kind (`mid`), of one run of it (`mid/d20`), or a folder.
+
+    Raises CheckpointError that names the command that makes one, UserError if --depth contradicts it.
+    """
+    kind, _, tag = source.partition("/")
+    folder = checkpoint.find(kind, tag or None) if kind in checkpoint.KINDS else checkpoint.resolve(source)
+    depth = checkpoint.read_meta(folder)["config"]["text"]["num_layers"]
+    if run.depth not in (None, depth):
+        raise UserError(
+            f"--depth {run.depth}, but {folder} has depth {depth}; leave the flag out, or name another source"
+        )
+    return folder
+
+
+def name_of_data(run: RunOptions) -> str:
+    """The recipe as plans and checkpoints remember it: its name, or its folder from the root."""
+    return TINY_WORLD if run.data_recipe == TINY_WORLD else str(Path(run.data_recipe).expanduser().resolve())
 
 
 def make_stream(
@@ -93,6 +105,10 @@ def make_stream(
 ) -> Stream:
     """The packed batches of a phase, with images at the model's size."""
     row_tokens = run.context_length or settings.row_tokens
+    if row_tokens > model.text.context_length:
+        raise UserError(
+            f"rows of {row_tokens} tokens, but the model reads {model.text.context_length}; lower --context-length"
+        )
     return Stream(
         recipe.datasets(phase),
         tokenizer,
@@ -141,7 +157,7 @@ def make_job(
     rows = rows_per_step(run, settings, stream.row_tokens)
     plan = Plan(
         phase=phase,
-        data_recipe=run.data_recipe,
+        data_recipe=name_of_data(run),
         seed=run.seed,
         steps=steps,
         rows_per_step=rows,
@@ -153,6 +169,7 @@ def make_job(
         notes=notes or {},
         parent=checkpoint.read_meta(parent)["weights_hash"] if parent else None,
         data=data_hash(data),
+        tokenizer=tokenizer.hash if tokenizer is not None else None,
     )
     job = Job(
         kind=kind,
@@ -184,7 +201,8 @@ def describe(job: Job, context: Context) -> None:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in plan.rates.items())
     context.say(
         f"plan     {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
-        f"{job.rows_per_micro_batch} rows per micro-batch, {context.world} process(es), {plan.precision} on {context.device}"
+        f"{job.rows_per_micro_batch} rows per micro-batch, {context.world} process(es), "
+        f"{plan.precision} on {context.device}"
     )
     context.say(f"rates    {rates}; rising over {plan.warmup:.0%}, falling over {plan.decay:.0%} of the steps")
     for name, note in plan.notes.items():
@@ -208,7 +226,7 @@ def describe_eyes(config: VLMConfig) -> dict[str, str]:
     assert config.connector is not None
     vision, connector = config.vision, config.connector
     return {
-        "encoder": f"{vision.encoder}: {vision.image_size} px, {vision.num_patches} patches of width {vision.hidden_size}",
+        "encoder": f"{vision.encoder}: {vision.image_size} px, {vision.grid} x {vision.grid} patches",
         "eyes": f"{connector.kind}: {connector.tokens_per_image} tokens per image",
     }
 

@@ -16,27 +16,30 @@ TEXT_HEIGHT = 22
 COUNT = 4
 
 
-def save(folder: Path, asked: Sequence[Sequence[Question]], replies: Sequence[str]) -> list[Path]:
+def save(
+    folder: Path, asked: Sequence[Sequence[Question]], replies: Sequence[str], judged: Sequence[float]
+) -> list[Path]:
     """Save the first pictures with their questions and answers as PNG files; their paths.
 
-    asked: questions grouped by sample; replies: one per question, in the same order.
+    asked: questions grouped by sample; replies and their scores: one per question, in the same order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     first = 0
     for group in asked:
-        answers, first = replies[first : first + len(group)], first + len(group)
+        own = slice(first, first + len(group))
+        first += len(group)
         if group and group[0].images and len(paths) < COUNT:
             paths.append(folder / f"sample_{len(paths) + 1}.png")
-            picture(group, answers).save(paths[-1])
+            picture(group, replies[own], judged[own]).save(paths[-1])
     return paths
 
 
-def picture(questions: Sequence[Question], answers: Sequence[str]) -> Image.Image:
-    """The first question's picture with every question and answer beside it; wrong ones in red with what was expected."""
+def picture(questions: Sequence[Question], answers: Sequence[str], judged: Sequence[float]) -> Image.Image:
+    """The first question's picture, every question and answer beside it; wrong ones in red with what was expected."""
     rows: list[tuple[str, str]] = []
-    for question, reply in zip(questions, answers, strict=True):
-        right = reply.strip().lower() == question.answer.strip().lower()
+    for question, reply, score in zip(questions, answers, judged, strict=True):
+        right = score == 1
         text = f"{question.text}  {reply}" + ("" if right else f"   (expected: {question.answer})")
         rows += [(line, "#14532d" if right else "#b91c1c") for line in textwrap.wrap(text, 64) or [""]]
     shown = load_image(questions[0].images[0])

@@ -2,7 +2,7 @@
 
 uv run ghostvis-train sft                                                # everything, on the tiny world
 uv run ghostvis-train sft --data-recipe my_data/ --source mid            # one's own pictures
-torchrun --nproc-per-node 8 -m ghostvis_train sft --source mid --model-tag d20 --data-recipe mix/
+torchrun --nproc-per-node 8 -m ghostvis_train sft --source mid/d20-captions --data-recipe mix/
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ from ghostvis_train.phase import (
 )
 
 
-def run(config: SftConfig) -> Path:
-    """Train to the end and evaluate; the checkpoint's folder. In the tiny world, what is missing is trained first."""
-    started = time.perf_counter()
+def run(config: SftConfig, started: float | None = None) -> Path:
+    """Train to the end and evaluate; the checkpoint's folder. In the tiny world, what is missing is trained first.
+
+    started: `time.perf_counter()` when the command began, for the reported wall time.
+    """
+    started = time.perf_counter() if started is None else started
     options = config.run
     tiny = options.data_recipe == TINY_WORLD
     if tiny and config.source == "mid":
         parent = align.run(AlignConfig(before(options)))
     else:
-        parent = find_source(config.source, options.model_tag)
+        parent = find_source(config.source, options)
     tag = tag_of(options, parent)
     context = start_phase(options, tag)
     announce("sft", f"fine-tuning on conversations ({options.data_recipe}) -> sft_checkpoints/{tag}")
@@ -62,6 +65,9 @@ def run(config: SftConfig) -> Path:
     if config.unfreeze_vit:  # trained by AdamW where it comes from; Muon would undo that (arXiv 2605.10468)
         groups.append(Groups(adamw=[{"params": list(model.vision.parameters()), "lr": chosen.rates["vit"]}]))
     recipe = open_data(options.data_recipe, options.seed)
+    scored = config.evaluate and bool(recipe.evaluations)
+    if config.evaluate and not scored:
+        context.say(f"{recipe.name} has nothing held out: the result will not be scored")
     stream = make_stream(recipe, "sft", source.tokenizer, model.config, chosen, options)
     job = make_job(
         "sft",
@@ -81,9 +87,8 @@ def run(config: SftConfig) -> Path:
     )
     with stream:
         folder = train(job, context)
-    if config.evaluate and context.is_main:
+    if scored and context.is_main:
         evaluate.report(folder, recipe, context.device, started)
-    context.wait()
     return folder
 
 

@@ -12,16 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ghostvis_data import Recipe
-from ghostvis_model.home import home
+from ghostvis_model.paths import tokenizer_folder
 from ghostvis_model.tokenizer import Tokenizer
 from ghostvis_train.options import RunOptions, TokenizerConfig, UserError
 from ghostvis_train.phase import TINY_WORLD, announce, open_data, tag_of
 from ghostvis_train.settings import REAL_VOCAB, TINY_VOCAB
-
-
-def folder_of(tag: str) -> Path:
-    """Where the tokenizer of a run's tag lives."""
-    return home() / "tokenizers" / tag
 
 
 def run(config: TokenizerConfig) -> Path:
@@ -32,7 +27,7 @@ def run(config: TokenizerConfig) -> Path:
             "which model is it for? `--model-tag d20` keeps it where `ghostvis-train base --depth 20` looks"
         )
     tag = config.model_tag or tag_of(RunOptions(seed=config.seed))
-    folder = folder_of(tag)
+    folder = tokenizer_folder(tag)
     announce("tokenizer", f"byte-level BPE on {config.data_recipe}")
     recipe = open_data(config.data_recipe, config.seed)
     tokenizer = Tokenizer.train(texts(recipe), config.vocab_size or (TINY_VOCAB if tiny else REAL_VOCAB))
@@ -51,7 +46,7 @@ def texts(recipe: Recipe) -> Iterator[str]:
 
 def for_run(options: RunOptions, tag: str, given: Path | None = None) -> Tokenizer:
     """The tokenizer of a run: a given folder, the tag's own, or, in the tiny world, trained on the spot."""
-    folder = given or folder_of(tag)
+    folder = given or tokenizer_folder(tag)
     if not (folder / "tokenizer.json").is_file() and given is None:
         if options.data_recipe != TINY_WORLD:
             raise UserError(

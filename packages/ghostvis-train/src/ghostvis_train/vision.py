@@ -2,10 +2,10 @@
 
     uv run ghostvis-train vision
 
-From the patches of each cell of the grid, pooled, two linear heads tell the colour and the shape of what is there. Every
-second picture is turned grey and asked for shapes alone, so that shape does not lean on colour: on combinations never
-seen, 0.79 became 0.81 (prototype on an H200, 2026-11-21). Only the encoder is used afterwards, frozen, as a published
-one would be.
+From the patches of each cell of the grid, pooled, two linear heads tell the colour and the shape of what is there.
+Every second picture is turned grey and asked for shapes alone, so that shape does not lean on colour: on combinations
+never seen, 0.79 became 0.81 (prototype on an H200, 2026-11-21). Only the encoder is used afterwards, frozen, as a
+published one would be.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class CellStream:
         self.images = torch.from_numpy(np.stack([to_pixels(sample.images[0], image_size) for sample in samples]))
         self.colours = torch.tensor([sample.meta["cell_colours"] for sample in samples])
         self.shapes = torch.tensor([sample.meta["cell_shapes"] for sample in samples])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.names) // self.rows_per_step)
 
     def micro_batches(self, step: int, rank: int, world: int, rows_per_micro_batch: int) -> list[CellBatch]:
         """The rank's share of a step, in micro-batches."""
@@ -140,7 +144,7 @@ def run(config: VisionConfig) -> Path:
         optimizers=Optimizers(model.groups(chosen.rates)),
         stream=stream,
         data=datasets,
-        steps=options.steps or chosen.steps or 1,
+        steps=options.steps or chosen.steps or stream.steps_per_epoch,
         tokenizer=None,
         config={},
     )
