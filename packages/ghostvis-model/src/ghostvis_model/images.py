@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -165,7 +166,9 @@ def _from_path(path: str | PathLike[str], name: str, max_pixels: int) -> Image.I
 
 def _from_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     def opened() -> Image.Image:
-        return Image.open(stream, formats=_formats())
+        with warnings.catch_warnings():  # what Pillow only warns of is refused below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(stream, formats=_formats())
 
     with _decoded(opened, name) as image:
         return _from_pil(image, name, max_pixels)
