@@ -1,4 +1,4 @@
-"""Two processes (gloo) and one give the same losses; a rank without an image joins every reduction."""
+"""Two processes (gloo) and one give the same losses; a rank without an image joins in; a killed process goes on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ghostvis_model import checkpoint
 
 LAUNCH = """
 import sys
+import time
 import pytest
 sys.path.insert(0, {tests!r})
 from conftest import shrink
@@ -81,3 +83,29 @@ def test_a_rank_without_an_image_finishes_with_the_others(small_world, trained_h
     assert all(process.returncode == 0 for process in done.values()), done[2].stderr
     one, two = (losses(small_world / "sft_checkpoints" / f"mixed{n}") for n in (1, 2))
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_process_killed_at_once_goes_on_to_the_same_weights(small_world, trained_home):
+    """kill -9 in the middle of base and again of sft, then one run to the end."""
+    script = small_world / "launch.py"
+    script.write_text(LAUNCH.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, str(script), "sft", "--device", "cpu", "--no-evaluate"]
+    environment = {**os.environ, "GHOSTVIS_HOME": str(small_world), "OMP_NUM_THREADS": "1"}
+    for kind, steps in (("base", 2), ("sft", 1)):
+        log = small_world / f"{kind}_checkpoints" / "tiny" / "log.jsonl"
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count("\n") >= steps:
+                process.kill()
+            time.sleep(0.001)
+        process.wait()
+        assert log.exists(), process.stderr.read().decode() if process.stderr else ""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for kind in ("vision", "base", "mid", "sft"):
+        here, there = (
+            checkpoint.read_meta(checkpoint.latest(home / f"{kind}_checkpoints" / "tiny") or home)["weights_hash"]
+            for home in (small_world, trained_home)
+        )
+        assert here == there, kind

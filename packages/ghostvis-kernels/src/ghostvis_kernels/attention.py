@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghostvis_kernels.attention_packed import packed_on_cpu
+from ghostvis_kernels.attention_packed import WRITTEN_OUT, packed_on_cpu, written_out
 from ghostvis_kernels.backends import (
     has_flash_attention,
     has_varlen_attention,
@@ -127,7 +127,15 @@ def visible(
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
-    mask = visible(q.shape[1], k.shape[1], causal, window, None, q.device) if window is not None else None
+    tokens, keys = q.shape[1], k.shape[1]
+    if (
+        q.device.type == "cpu"
+        and window is None
+        and max(tokens, keys) <= WRITTEN_OUT
+        and (tokens == keys or not causal)
+    ):
+        return written_out(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, scale).transpose(1, 2)
+    mask = visible(tokens, keys, causal, window, None, q.device) if window is not None else None
     return _sdpa(q, k, v, mask, causal and mask is None, scale)
 
 

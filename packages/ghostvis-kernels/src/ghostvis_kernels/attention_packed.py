@@ -80,7 +80,7 @@ def packed_on_cpu(
         parts = (t[rows].unflatten(0, shape).transpose(1, 2) for t in (query, key, value))
         mask = _mask(bucket, causal, window)
         if mask is None and causal and bucket.width <= WRITTEN_OUT:
-            mixed = _causal_written_out(*parts, scale)
+            mixed = written_out(*parts, causal, scale)
         else:
             mixed = F.scaled_dot_product_attention(
                 *parts,
@@ -94,21 +94,22 @@ def packed_on_cpu(
     return padded if even else _Unpad.apply(padded, plan)
 
 
-def _causal_written_out(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of q [B, H, T, h] on k, v [B, K, T, h] by two matrix products; the H / K queries of a key are
-    one matrix."""
+def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Attention of q [B, H, T, h] on k, v [B, K, S, h] by two matrix products; causal needs S = T.
+
+    The H / K query heads that share a key head are one matrix.
+    """
     batch, heads, tokens, size = q.shape
-    kv_heads = k.shape[1]
-    rows = q.reshape(batch * kv_heads, heads // kv_heads * tokens, size)
-    hidden = _hidden(tokens, q.dtype).repeat(heads // kv_heads, 1).expand(batch * kv_heads, -1, -1)
-    scores = torch.baddbmm(hidden, rows, k.reshape(-1, tokens, size).mT, alpha=scale)
-    return torch.bmm(scores.softmax(-1), v.reshape(-1, tokens, size)).view(batch, heads, tokens, size)
-
-
-@lru_cache(maxsize=64)
-def _hidden(tokens: int, dtype: torch.dtype) -> Tensor:
-    """[T, T]: -inf where the key comes after the query, else 0."""
-    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
+    kv_heads, keys = k.shape[1:3]
+    rows = (q * scale).reshape(batch * kv_heads, heads // kv_heads * tokens, size)
+    columns = k.reshape(-1, keys, size).mT
+    if causal:
+        hidden = torch.full((tokens, tokens), float("-inf"), dtype=q.dtype).triu_(1)
+        hidden = hidden.repeat(heads // kv_heads, 1).expand(batch * kv_heads, -1, -1)
+        scores = torch.baddbmm(hidden, rows, columns)
+    else:
+        scores = torch.bmm(rows, columns)
+    return torch.bmm(scores.softmax(-1), v.reshape(-1, keys, size)).view(batch, heads, tokens, size)
 
 
 @lru_cache(maxsize=16)  # every layer of a step asks for the same packing

@@ -91,6 +91,12 @@ class VisionTower(nn.Module):
                 "class_token": False,
             }
         self.encoder = timm.create_model(config.timm_name, num_classes=0, global_pool="", **sizes)
+        if config.encoder == "tiny":
+            blocks: Any = self.encoder.blocks
+            for block in blocks:
+                # Scores of 36 patches written out: a training step of 128 pictures takes 0.07 s where the fused kernel
+                # takes 0.23 s (bf16, two EPYC cores, torch 2.15, 2026-11-21).
+                block.attn.fused_attn = False
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
