@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ghostvis_data.build import build_jsonl
 from ghostvis_model import checkpoint
 from ghostvis_model.errors import GhostVisError
 from ghostvis_train import align, base, sft
@@ -149,8 +152,18 @@ def test_what_cannot_be_done_is_said_before_training(small_world, config, messag
         base.run(config)
 
 
+def own_data(folder: Path) -> str:
+    """Forty text conversations of about sixty tokens, built into a data set."""
+    with (folder / "own.jsonl").open("w") as file:
+        for number in range(40):
+            turns = [{"role": "user", "content": "word " * 50}, {"role": "assistant", "content": str(number)}]
+            file.write(json.dumps({"id": str(number), "messages": turns}) + "\n")
+    build_jsonl(folder / "own.jsonl", folder / "own", val_fraction=0)
+    return str(folder / "own")
+
+
 def test_a_real_recipe_without_a_source_names_the_command(small_world, tmp_path):
-    options = RunOptions(data_recipe=str(tmp_path), device="cpu")
+    options = RunOptions(data_recipe=own_data(tmp_path), device="cpu")
     with pytest.raises(GhostVisError, match="uv run ghostvis-train align"):
         sft.run(SftConfig(options))
     with pytest.raises(GhostVisError, match="uv run ghostvis-train base"):
@@ -190,3 +203,10 @@ def test_tags_tell_runs_apart(tmp_path):
 def test_a_batch_size_is_whole_rows():
     assert rows_per_step(RunOptions(total_batch_size=1024), Settings(8, 256, {}), 256) == 4
     assert rows_per_step(RunOptions(), Settings(8, 256, {}), 256) == 8
+
+
+def test_a_small_data_set_still_makes_an_epoch_of_several_steps(trained, tmp_path):
+    options = RunOptions(device="cpu", data_recipe=own_data(tmp_path), context_length=256)
+    folder = sft.run(SftConfig(options))
+    assert folder.parent.name == "tiny-own"
+    assert checkpoint.read_meta(folder)["step"] >= 16

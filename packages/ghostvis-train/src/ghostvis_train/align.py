@@ -34,6 +34,7 @@ def run(config: AlignConfig) -> Path:
     """Train to the end; the checkpoint's folder. In the tiny world, base and encoder are trained first if need be."""
     options = config.run
     tiny = options.data_recipe == TINY_WORLD
+    recipe = open_data(options.data_recipe, options.seed)
     if tiny and config.source == "base":
         parent = base.run(BaseConfig(before(options)))
     else:
@@ -57,7 +58,6 @@ def run(config: AlignConfig) -> Path:
 
     chosen = settings.TINY["align"] if tiny else settings.real_align(model.config.text)
     chosen = chosen.with_rates(connector=config.connector_lr)
-    recipe = open_data(options.data_recipe, options.seed)
     stream = make_stream(recipe, "align", source.tokenizer, model.config, chosen, options)
     job = make_job(
         "align",
@@ -69,6 +69,7 @@ def run(config: AlignConfig) -> Path:
         optimizers=Optimizers(connector_groups(model.connector, chosen.rates)),
         stream=stream,
         data=stream.datasets,
+        rows=stream.plan.rows_per_step,
         steps=options.steps or chosen.steps or stream.steps(1),
         tokenizer=source.tokenizer,
         config=model.config.to_dict(),

@@ -47,6 +47,7 @@ def run(config: BaseConfig) -> Path:
         optimizers=Optimizers(decoder_groups(model.decoder, chosen.rates)),
         stream=stream,
         data=stream.datasets,
+        rows=stream.plan.rows_per_step,
         steps=options.steps or chosen.steps or stream.steps(1),
         tokenizer=tokens,
         config=model.config.to_dict(),

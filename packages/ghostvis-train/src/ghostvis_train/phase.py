@@ -27,6 +27,7 @@ from ghostvis_train.settings import Settings
 
 TINY_WORLD = "tiny_world"
 TINY_SIZES = TinyWorldSizes()
+SMALLEST_EPOCH = 16  # steps: a batch that swallows a small data set whole would learn nothing in an epoch
 MICRO_BATCH_ROWS = 8  # of real runs, unless --device-batch-size says otherwise
 
 
@@ -109,17 +110,25 @@ def make_stream(
         raise UserError(
             f"rows of {row_tokens} tokens, but the model reads {model.text.context_length}; lower --context-length"
         )
-    return Stream(
-        recipe.datasets(phase),
-        tokenizer,
-        tokens_per_image=model.tokens_per_image,
-        image_size=model.vision.image_size if model.vision else 0,
-        row_tokens=row_tokens,
-        rows_per_step=rows_per_step(run, settings, row_tokens),
-        seed=run.seed,
-        shares=recipe.shares(phase),
-        loss_on=loss_on,
-    )
+
+    def stream(rows: int) -> Stream:
+        return Stream(
+            recipe.datasets(phase),
+            tokenizer,
+            tokens_per_image=model.tokens_per_image,
+            image_size=model.vision.image_size if model.vision else 0,
+            row_tokens=row_tokens,
+            rows_per_step=rows,
+            seed=run.seed,
+            shares=recipe.shares(phase),
+            loss_on=loss_on,
+        )
+
+    made = stream(rows_per_step(run, settings, row_tokens))
+    few = made.plan.epoch(0).rows // SMALLEST_EPOCH
+    if run.total_batch_size is None and few < made.plan.rows_per_step:
+        return stream(max(1, few))
+    return made
 
 
 def rows_per_step(run: RunOptions, settings: Settings, row_tokens: int) -> int:
@@ -147,6 +156,7 @@ def make_job(
     optimizers: Optimizers,
     stream: Batches,
     data: Sequence[Dataset],
+    rows: int,
     steps: int,
     tokenizer: Tokenizer | None,
     config: dict[str, Any],
@@ -154,7 +164,6 @@ def make_job(
     notes: dict[str, str] | None = None,
 ) -> Job:
     """Derive, print and freeze every number of a run."""
-    rows = rows_per_step(run, settings, stream.row_tokens)
     plan = Plan(
         phase=phase,
         data_recipe=name_of_data(run),

@@ -39,6 +39,7 @@ def run(config: SftConfig, started: float | None = None) -> Path:
     started = time.perf_counter() if started is None else started
     options = config.run
     tiny = options.data_recipe == TINY_WORLD
+    recipe = open_data(options.data_recipe, options.seed)
     if tiny and config.source == "mid":
         parent = align.run(AlignConfig(before(options)))
     else:
@@ -64,7 +65,6 @@ def run(config: SftConfig, started: float | None = None) -> Path:
     groups = [decoder_groups(model.decoder, chosen.rates), connector_groups(model.connector, chosen.rates)]
     if config.unfreeze_vit:  # trained by AdamW where it comes from; Muon would undo that (arXiv 2605.10468)
         groups.append(Groups(adamw=[{"params": list(model.vision.parameters()), "lr": chosen.rates["vit"]}]))
-    recipe = open_data(options.data_recipe, options.seed)
     scored = config.evaluate and bool(recipe.evaluations)
     if config.evaluate and not scored:
         context.say(f"{recipe.name} has nothing held out: the result will not be scored")
@@ -79,6 +79,7 @@ def run(config: SftConfig, started: float | None = None) -> Path:
         optimizers=Optimizers(*groups),
         stream=stream,
         data=stream.datasets,
+        rows=stream.plan.rows_per_step,
         steps=options.steps or chosen.steps or stream.steps(config.epochs),
         tokenizer=source.tokenizer,
         config=model.config.to_dict(),

@@ -144,6 +144,7 @@ def run(config: VisionConfig) -> Path:
         optimizers=Optimizers(model.groups(chosen.rates)),
         stream=stream,
         data=datasets,
+        rows=rows,
         steps=options.steps or chosen.steps or stream.steps_per_epoch,
         tokenizer=None,
         config={},
