@@ -126,7 +126,7 @@ def make_stream(
 
     made = stream(rows_per_step(run, settings, row_tokens))
     few = made.plan.epoch(0).rows // SMALLEST_EPOCH
-    if run.total_batch_size is None and few < made.plan.rows_per_step:
+    if run.data_recipe != TINY_WORLD and run.total_batch_size is None and few < made.plan.rows_per_step:
         return stream(max(1, few))
     return made
 
