@@ -48,7 +48,7 @@ REAL_EYES = Eyes("siglip2_l16_384", "perceiver", 64)
 _DECODER = {"matrix": 0.01, "embedding": 3e-3, "head": 3e-3}
 _CONNECTOR = {"connector": 0.01, "positions": 3e-3}
 # Even numbers of long rows: two processes can share a step, and shorter rows with as many tokens learned worse (unseen
-# scenes 0.88 0.88 0.96 0.93 with 8 x 768 in fine-tuning, 0.96 1.00 0.96 1.00 with 6 x 1024; H200, seeds 0 to 3).
+# scenes 0.88 0.88 0.96 0.93 with 8 x 768 in fine-tuning, 0.97 0.91 0.95 1.00 with 6 x 1024; H200, seeds 0 to 3).
 TINY = {
     "vision": Settings(128, 1, {"encoder": 0.02, "rest": 2e-3}, steps=300, warmup=0.03, decay=0.6),
     "base": Settings(4, 1024, _DECODER, steps=600, warmup=0.02, decay=0.6),
