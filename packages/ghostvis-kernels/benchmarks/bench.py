@@ -1,130 +1,359 @@
-"""Ours beside plain eager torch, and torch.compile with --compile, on the machine at hand.
+"""Every op but the head's beside eager torch, torch.compile, Liger and torch's own, with floors of the same run.
 
-    python packages/ghostvis-kernels/benchmarks/bench.py                  # CPU or CUDA, whichever is there
-    python packages/ghostvis-kernels/benchmarks/bench.py --threads 1 --compile
+    python packages/ghostvis-kernels/benchmarks/bench.py                      # CUDA, or small shapes on a CPU
+    python packages/ghostvis-kernels/benchmarks/bench.py --ops decode,adamw --no-compile
+    python packages/ghostvis-kernels/benchmarks/bench.py --all                # then bench_linear.py (CUDA)
 
-Times are forward plus backward, the median of --rounds calls; on CPU in processor seconds when one thread is used, so
-that other work on the machine does not count.
+On CUDA a time is the median of `triton.testing.do_bench` (the cache is flushed before every call), the middle of
+--rounds turns in which every way is timed after the other; decoding is timed as a CUDA graph over several caches, as a
+model with as many layers would run it. On a CPU it is the median processor time. A floor is bytes over the bandwidth of
+a copy, or operations over the rate of a large product. Peers that are not installed are left out.
 """
 
 import argparse
+import importlib
+import inspect
+import math
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ghostvis_kernels as gk
+from ghostvis_kernels.newton_schulz import newton_schulz_reference
+from ghostvis_kernels.optim import AdamW
 
-# tokens, width, heads, kv heads, head size, vocabulary
-SMALL = (2048, 256, 4, 2, 64, 8192)
-LARGE = (32768, 1280, 10, 5, 128, 65536)
+OPS = ("rows", "attention", "packed", "decode", "newton_schulz", "adamw")
+Call = Callable[[], Any]
 
 
-def cases(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
-    """name: (ours, plain torch, inputs)."""
-    tokens, width, heads, kv_heads, size, vocabulary = shape
+class Shape(NamedTuple):
+    name: str
+    width: int
+    heads: int
+    kv_heads: int
+    size: int
+    inner: int  # of the feed-forward
 
-    def normal(*lengths: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*lengths, device=device, dtype=dtype) * scale).requires_grad_()
 
-    angle = torch.outer(torch.arange(tokens), 10000.0 ** (-torch.arange(size // 2) / (size // 2))).to(device)
+class Case(NamedTuple):
+    name: str
+    ways: dict[str, Call]  # ours first
+    floor_ms: float  # 0 where none is known
+
+
+class Machine(NamedTuple):
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    shapes: tuple[Shape, ...]
+    bandwidth: float  # bytes a millisecond, read and written
+    rate: float  # operations a millisecond
+
+
+D20, D32 = Shape("d20", 1280, 10, 5, 128, 3456), Shape("d32", 2048, 16, 8, 128, 5632)
+QWEN, SMALL = Shape("qwen", 1536, 12, 2, 128, 8960), Shape("small", 256, 4, 2, 64, 768)
+
+
+def measure_machine(cuda: bool) -> Machine:
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    source = torch.ones((1 << 30) if cuda else (1 << 24), device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copy_ms = milliseconds(lambda: target.copy_(source), cuda)
+    side = 8192 if cuda else 512
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    rate = 2 * side**3 / milliseconds(lambda: a @ b, cuda)
+    shapes, tokens = ((D20, D32, QWEN), 32768) if cuda else ((SMALL,), 2048)
+    return Machine(device, dtype, tokens, shapes, 2 * source.nbytes / copy_ms, rate)
+
+
+def milliseconds(call: Call, cuda: bool) -> float:
+    if cuda:
+        return importlib.import_module("triton.testing").do_bench(call, warmup=10, rep=40, return_mode="median")
+    times = []
+    for _ in range(7):
+        start = time.process_time()
+        call()
+        times.append((time.process_time() - start) * 1e3)
+    return statistics.median(times[2:])
+
+
+def in_turns(ways: dict[str, Call], rounds: int, cuda: bool) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, call in ways.items():
+            times[name].append(milliseconds(call, cuda))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def graph_of(calls: list[Call]) -> Call:
+    """A replay of all calls as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def both_ways(
+    name: str, ways: dict[str, Callable], inputs: list[Tensor], floors: tuple[float, float]
+) -> Iterator[Case]:
+    """Forward, and backward through a graph that is kept."""
+    yield Case(f"{name} fwd", {way: lambda f=f: f(*inputs) for way, f in ways.items()}, floors[0])
+    backward: dict[str, Call] = {}
+    for way, f in ways.items():
+        out = f(*inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        seeds = [torch.randn_like(o) for o in out]
+        backward[way] = lambda out=out, seeds=seeds: torch.autograd.grad(out, inputs, seeds, retain_graph=True)
+    yield Case(f"{name} bwd", backward, floors[1])
+
+
+def rows(machine: Machine, compile_: bool) -> Iterator[Case]:
+    functional = find("liger_kernel.transformers.functional")
+    for shape in machine.shapes:
+        n, width = machine.tokens, shape.width
+        x, residual = (tensor(machine, n, width) for _ in range(2))
+        weight = tensor(machine, width)
+        unit = x.nbytes / machine.bandwidth
+
+        def norm(x: Tensor, w: Tensor) -> Tensor:
+            return F.rms_norm(x, x.shape[-1:], w, 1e-6)
+
+        ways = {"ours": gk.rms_norm, **plain_ways(norm, compile_)}
+        if functional:
+            ways["Liger"] = lambda x, w: functional.liger_rms_norm(x, w, 1e-6, in_place=False)
+        yield from both_ways(f"rms_norm {shape.name}", ways, [x, weight], (2 * unit, 3 * unit))
+
+        def add_norm(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            r = x + r
+            return F.rms_norm(r, r.shape[-1:], w, 1e-6), r
+
+        ways = {"ours": gk.add_rms_norm, **plain_ways(add_norm, compile_)}
+        if functional and hasattr(functional, "liger_fused_add_rms_norm"):
+            ways["Liger"] = lambda x, r, w: functional.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False)
+        yield from both_ways(f"add_rms_norm {shape.name}", ways, [x, residual, weight], (4 * unit, 4 * unit))
+        yield from heads(machine, shape, functional, compile_)
+        gate, up = (tensor(machine, n, shape.inner) for _ in range(2))
+        ways = {"ours": gk.swiglu, **plain_ways(lambda g, u: F.silu(g) * u, compile_)}
+        if functional:
+            ways["Liger"] = functional.liger_swiglu
+        unit = gate.nbytes / machine.bandwidth
+        yield from both_ways(f"swiglu {shape.name}", ways, [gate, up], (3 * unit, 5 * unit))
+
+
+def heads(machine: Machine, shape: Shape, functional: Any, compile_: bool) -> Iterator[Case]:
+    n, half = machine.tokens, shape.size // 2
+    angle = torch.outer(torch.arange(n), 10000.0 ** (-torch.arange(half) / half)).to(machine.device)
     cos, sin = angle.cos(), angle.sin()
-    target = torch.randint(0, vocabulary, (tokens,), device=device)
-    document = 256
-    cu_seqlens = torch.arange(0, tokens + 1, document, dtype=torch.int32, device=device)
-    block_mask = torch.arange(tokens, device=device) // document
-    x, weight, head = normal(tokens, width), normal(width), normal(vocabulary, width, scale=0.02)
-    q, k, v = normal(tokens, heads, size), normal(tokens, kv_heads, size), normal(tokens, kv_heads, size)
-    gate, up = normal(tokens, 3 * width), normal(tokens, 3 * width)
+    q, k = tensor(machine, n, shape.heads, shape.size), tensor(machine, n, shape.kv_heads, shape.size)
 
     def turn(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
+        x = F.rms_norm(x, x.shape[-1:], None, 1e-6)
+        a, b = x.chunk(2, -1)
         c, s = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
-        return torch.cat((first * c - second * s, second * c + first * s), -1)
+        return torch.cat((a * c - b * s, b * c + a * s), -1)
 
-    def plain_loss(x: Tensor, head: Tensor) -> Tensor:
-        return F.cross_entropy(15 * torch.tanh(F.linear(x, head).float() / 15), target, reduction="sum")
-
-    def plain_packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = (block_mask.unsqueeze(1) == block_mask).tril()
-        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-
-    found = {
-        "rms_norm": (gk.rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6), [x, weight]),
-        "qk_norm_rope": (
-            lambda q, k: gk.qk_norm_rope(q, k, cos, sin),
-            lambda q, k: tuple(turn(F.rms_norm(t, t.shape[-1:], None, 1e-6)) for t in (q, k)),
-            [q, k],
-        ),
-        "swiglu": (gk.swiglu, lambda g, u: F.silu(g) * u, [gate, up]),
-        "linear_cross_entropy": (
-            lambda x, w: gk.linear_cross_entropy(x, w, target, reduction="sum", softcap=15.0),
-            plain_loss,
-            [x, head],
-        ),
+    ways = {
+        "ours": lambda q, k: gk.qk_norm_rope(q, k, cos, sin),
+        **plain_ways(lambda q, k: (turn(q), turn(k)), compile_),
     }
-    if tokens <= 8192:  # the plain way needs a [tokens, tokens] mask
-        found["attention, packed by 256"] = (
-            lambda q, k, v: gk.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=document),
-            plain_packed,
-            [q, k, v],
+    if functional:
+        ones = torch.ones(shape.size, device=machine.device, dtype=machine.dtype)
+        wide = [torch.cat((t, t), -1).unsqueeze(0).to(machine.dtype) for t in (cos, sin)]
+
+        def liger(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+            q, k = (functional.liger_rms_norm(t, ones, 1e-6, in_place=False).transpose(0, 1)[None] for t in (q, k))
+            return functional.liger_rope(q, k, *wide)
+
+        ways["Liger"] = liger
+    unit = (q.nbytes + k.nbytes) / machine.bandwidth
+    yield from both_ways(f"qk_norm_rope {shape.name}", ways, [q, k], (2 * unit, 3 * unit))
+
+
+def attention(machine: Machine, compile_: bool) -> Iterator[Case]:
+    length = machine.tokens // 4
+    for shape in machine.shapes:
+        q, k, v = (tensor(machine, 4, length, n, shape.size) for n in (shape.heads, *[shape.kv_heads] * 2))
+
+        def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        forward = 2 * 4 * shape.heads * length**2 * shape.size / machine.rate
+        ways: dict[str, Callable] = {"ours": gk.attention, "torch": sdpa}
+        yield from both_ways(f"attention {shape.name} 4 x {length}", ways, [q, k, v], (forward, 2.5 * forward))
+
+
+def packed(machine: Machine, compile_: bool) -> Iterator[Case]:
+    n, shape = machine.tokens, machine.shapes[0]
+    draw = torch.empty(n).log_normal_(math.log(n / 50), 1.1, generator=torch.Generator().manual_seed(1))
+    ends = draw.clamp(20, n // 4).long().cumsum(0)
+    mixed = torch.cat((torch.tensor([0]), ends[ends < n], torch.tensor([n]))).diff().tolist()
+    short = [n // 8] + [n // 340] * 298
+    short.append(n - sum(short))
+    varlen = find("torch.nn.attention.varlen") if machine.device == "cuda" else None
+    q, k, v = (tensor(machine, n, heads, shape.size) for heads in (shape.heads, *[shape.kv_heads] * 2))
+    for name, lengths in (("mixed", mixed), ("short", short), ("equal", [n // 16] * 16)):
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(machine.device, torch.int32)
+        longest = max(lengths)
+        ways: dict[str, Callable] = {
+            "ours": lambda q, k, v, b=bounds, m=longest: gk.attention(q, k, v, cu_seqlens=b, max_seqlen=m)
+        }
+        if varlen:
+            grouped = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+            options = {"window_size": (-1, 0)} | ({"enable_gqa": True} if grouped else {})
+            ways["torch"] = lambda q, k, v, b=bounds, m=longest, o=options: varlen.varlen_attn(q, k, v, b, b, m, m, **o)
+        else:
+            ways["torch"] = lambda q, k, v, lengths=lengths: each_alone(q, k, v, lengths)
+        forward = 2 * shape.heads * sum(length**2 for length in lengths) * shape.size / machine.rate
+        title = f"packed {shape.name} {name}, {len(lengths)} documents"
+        yield from both_ways(title, ways, [q, k, v], (forward, 2.5 * forward))
+
+
+def each_alone(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+    found = [
+        F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in part), is_causal=True, enable_gqa=True)
+        for part in parts
+    ]
+    return torch.cat([out[0].transpose(0, 1) for out in found])
+
+
+def decode(machine: Machine, compile_: bool) -> Iterator[Case]:
+    cuda = machine.device == "cuda"
+    sizes = ((1, 4096), (1, 32768), (8, 4096), (64, 4096), (16, 32768)) if cuda else ((1, 512), (4, 512))
+    with torch.no_grad():
+        for shape in machine.shapes:
+            for batch, length in sizes:
+                new = [tensor(machine, batch, 1, n, shape.size) for n in (shape.heads, *[shape.kv_heads] * 2)]
+                bytes_ = 2 * batch * length * shape.kv_heads * shape.size * new[0].element_size()
+                layers = max(2, min(20, math.ceil(3e8 / bytes_))) if cuda else 1
+                caches = [
+                    [tensor(machine, batch, length, shape.kv_heads, shape.size).detach() for _ in range(2)]
+                    for _ in range(layers)
+                ]
+                before = torch.full((batch,), length - 1, device=machine.device)
+                ours: list[Call] = [
+                    lambda c=c, new=new, b=before: gk.attention_decode(new[0], *c, b, *new[1:]) for c in caches
+                ]
+                q = new[0].transpose(1, 2)
+
+                def sdpa(cache: list[Tensor], q: Tensor = q) -> Tensor:
+                    k, v = (t.transpose(1, 2) for t in cache)
+                    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+                torchs: list[Call] = [
+                    lambda c=c: sdpa(c) for c in caches
+                ]  # writes nothing into the cache, equal lengths
+                ways = (
+                    {"ours": graph_of(ours), "torch": graph_of(torchs)}
+                    if cuda
+                    else {"ours": ours[0], "torch": torchs[0]}
+                )
+                title = f"decode {shape.name} {batch} x {length}, {layers} layers"
+                yield Case(title, ways, layers * bytes_ / machine.bandwidth)
+
+
+def newton_schulz(machine: Machine, compile_: bool) -> Iterator[Case]:
+    cuda = machine.device == "cuda"
+    sizes = ((1280, 1280), (1280, 5120), (5120, 1280), (2048, 2048), (2048, 8192)) if cuda else ((256, 256), (256, 768))
+    stack = 20 if cuda else 8
+    for m, n in sizes:
+        g = torch.randn(stack, m, n, device=machine.device, dtype=machine.dtype)
+        side, long = min(m, n), max(m, n)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        ways: dict[str, Call] = {"ours": lambda g=g: gk.newton_schulz(g)}
+        for name, way in plain_ways(newton_schulz_reference, compile_).items():
+            ways[name] = lambda g=g, way=way, dtype=dtype: way(g, 5, dtype)
+        yield Case(
+            f"newton_schulz {stack} x {m} x {n}", ways, 5 * stack * (3 * side**2 * long + side**3) / machine.rate
         )
-    return found
 
 
-def milliseconds(call: Callable, inputs: list[Tensor], rounds: int) -> float:
-    """Median time of forward and backward."""
-    cuda = inputs[0].is_cuda
-    clock = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
-    times = []
-    for _ in range(rounds + 2):
-        start = clock()
-        out = call(*inputs)
-        out = out if isinstance(out, tuple) else (out,)
-        torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])
-        if cuda:
-            torch.cuda.synchronize()
-        times.append((clock() - start) * 1e3)
-    return statistics.median(times[2:])
+def adamw(machine: Machine, compile_: bool) -> Iterator[Case]:
+    count = 1 << (28 if machine.device == "cuda" else 22)
+    p = torch.randn(count, device=machine.device).requires_grad_()
+    p.grad = torch.randn_like(p)
+    copy = torch.empty_like(p, dtype=torch.bfloat16)
+
+    def torch_and_cast(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        copy.copy_(p.detach())
+
+    theirs = torch.optim.AdamW([p], fused=True)
+    unit = p.nbytes / machine.bandwidth
+    mine, copying = AdamW([p]), AdamW([p], copies={p: copy})
+    plain: dict[str, Call] = {"ours": lambda: mine.step(), "torch": lambda: theirs.step()}
+    yield Case(f"AdamW {count >> 20}M fp32", plain, 7 * unit)
+    ways: dict[str, Call] = {"ours": lambda: copying.step(), "torch": lambda: torch_and_cast(theirs)}
+    yield Case(f"AdamW {count >> 20}M fp32 and a bf16 copy", ways, 7.5 * unit)
+
+
+def plain_ways(plain: Callable, compile_: bool) -> dict[str, Callable]:
+    return {"eager": plain} | ({"compile": torch.compile(plain, dynamic=False)} if compile_ else {})
+
+
+def tensor(machine: Machine, *lengths: int) -> Tensor:
+    return torch.randn(lengths, device=machine.device, dtype=machine.dtype).requires_grad_()
+
+
+def find(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def show(case: Case, times: dict[str, float]) -> str:
+    ours = times["ours"]
+    share = f"{100 * case.floor_ms / ours:.0f} %" if case.floor_ms else "-"
+    cells = [
+        f"{times[way]:.3f} ({ours / times[way]:.2f})" if way in times else "-"
+        for way in ("eager", "compile", "Liger", "torch")
+    ]
+    return " | ".join([f"| {case.name}", f"{ours:.3f}", *cells, f"{case.floor_ms:.3f}", f"{share} |"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ops", default=",".join(OPS), help=f"of {','.join(OPS)}")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain version")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--all", action="store_true", help="run bench_linear.py afterwards")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    wanted = options.ops.split(",")
+    if unknown := [op for op in wanted if op not in OPS]:
+        parser.error(f"--ops names {unknown}; expected some of {OPS}")
     cuda = torch.cuda.is_available()
-    device, dtype, shape = ("cuda", torch.bfloat16, LARGE) if cuda else ("cpu", torch.float32, SMALL)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gk.backends()['device']}")
-    print(
-        f"{dtype}, tokens {shape[0]}, width {shape[1]}, heads {shape[2]}/{shape[3]} x {shape[4]}, vocabulary {shape[5]}"
-    )
-    print(f"| {'forward + backward, ms':26} | {'ours':>8} | {'eager':>8} | {'compile':>8} |")
-    print(f"|{'-' * 28}|{'-' * 9}:|{'-' * 9}:|{'-' * 9}:|")
-    for name, (ours, plain, inputs) in cases(device, dtype, shape).items():
-        mine, eager = (milliseconds(call, inputs, options.rounds) for call in (ours, plain))
-        compiled = (
-            f"{milliseconds(torch.compile(plain), inputs, options.rounds):8.2f}" if options.compile else "       -"
-        )
-        print(f"| {name:26} | {mine:8.2f} | {eager:8.2f} | {compiled} |", flush=True)
-    sizes = {"newton_schulz 8 x 256 x 768": (8, 256, 768)}
-    for name, size in sizes.items():
-        g = torch.randn(size, device=device)
-        gk.newton_schulz(g)
-        start = time.process_time()
-        gk.newton_schulz(g)
-        if cuda:
-            torch.cuda.synchronize()
-        print(f"{name}: {(time.process_time() - start) * 1e3:.2f} ms (processor time)")
+    machine = measure_machine(cuda)
+    for op, path in gk.backends().items():
+        print(f"{op}: {path}")
+    speeds = f"copy {machine.bandwidth / 1e9:.2f} TB/s, {machine.dtype} product {machine.rate / 1e9:.2f} TFLOP/s"
+    print(f"{speeds}, {machine.tokens} tokens\n")
+    print("| ms (ours / it) | ours | eager | torch.compile | Liger | torch's own | floor | of the floor |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    cases = dict(zip(OPS, (rows, attention, packed, decode, newton_schulz, adamw), strict=True))
+    for op in wanted:
+        for case in cases[op](machine, not options.no_compile):
+            print(show(case, in_turns(case.ways, options.rounds, cuda)), flush=True)
+    if options.all:
+        subprocess.run([sys.executable, str(Path(__file__).with_name("bench_linear.py"))], check=True)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,30 @@ def test_rms_norm_without_weight_and_over_strided_input_matches_float64(normal, 
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(70001, 1280), (4099, 8192), (513, 16384), (33, 20000), (70001, 123), (1, 2048)], ids=str
+)
+def test_norms_of_huge_and_odd_shapes_match_float64_on_cuda(normal, dtype, shape, assert_as_good_as_torch):
+    x, weight = normal(*shape, device="cuda", dtype=dtype), normal(shape[-1], device="cuda", dtype=dtype)
+    plain = lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6)  # noqa: E731
+    assert_as_good_as_torch(gk.rms_norm, rms_norm_reference, plain, [x, weight])
+    assert_as_good_as_torch(gk.rms_norm, rms_norm_reference, lambda x: F.rms_norm(x, x.shape[-1:], None, 1e-6), [x])
+    residual = normal(*shape, device="cuda", dtype=dtype)
+
+    def added(norm):
+        def call(x, residual, weight):
+            total = residual + x
+            return norm(total, weight), total
+
+        return call
+
+    assert_as_good_as_torch(
+        gk.add_rms_norm, added(rms_norm_reference), added(plain), [x, residual, weight]
+    )  # fmt: skip
+
+
 def test_rms_norm_keeps_an_fp32_weight_gradient_in_fp32_under_bf16_input(normal, device):
     x, weight = normal(64, 32, device=device, dtype=torch.bfloat16), normal(32, device=device)
     y = gk.rms_norm(x, weight)
@@ -136,6 +160,121 @@ def test_swiglu_packed_equals_swiglu_of_the_halves(normal, dtype, outputs_and_gr
     halves, _ = outputs_and_gradients(lambda p: gk.swiglu(p[..., :17], p[..., 17:]), [packed], seeds)
     for f, h in zip(found, halves, strict=True):
         torch.testing.assert_close(f, h, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(70001, (10, 5), 128), (4097, (12, 2), 64), (1, (3, 1), 256)])
+def test_qk_norm_rope_of_many_tokens_matches_float64_on_cuda(
+    normal, rng, dtype, tokens, heads, size, assert_as_good_as_torch
+):
+    cos, sin = tables(4096, size // 2, "cuda")
+    position_ids = torch.randint(0, 4096, (tokens,), generator=rng).cuda()
+    packed = normal(tokens, sum(heads) + heads[1], size, device="cuda", dtype=dtype)  # as one projection leaves it
+    weights = [normal(size, device="cuda", dtype=dtype) for _ in range(2)]
+
+    def split(packed):
+        return packed[:, : heads[0]], packed[:, heads[0] : sum(heads)]
+
+    def reference(packed, q_weight, k_weight):
+        c, s = (t[position_ids].unsqueeze(-2) for t in (cos, sin))
+        normed = (rms_norm_reference(t, w) for t, w in zip(split(packed), (q_weight, k_weight), strict=True))
+        return tuple(rope_reference(t, c, s) for t in normed)
+
+    assert_as_good_as_torch(
+        lambda packed, *w: gk.qk_norm_rope(*split(packed), cos, sin, *w, 1e-6, position_ids), reference, reference,
+        [packed, *weights],
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_of_huge_shapes_match_float64_on_cuda(normal, dtype, assert_as_good_as_torch):
+    gate_up = normal(70001, 2 * 1280, device="cuda", dtype=dtype)
+    plain = lambda p: F.silu(p[:, :1280]) * p[:, 1280:]  # noqa: E731
+    assert_as_good_as_torch(gk.swiglu_packed, plain, plain, [gate_up], floor=0.1)
+    square = lambda x: x.clamp_min(0) ** 2  # noqa: E731
+    assert_as_good_as_torch(gk.relu2, square, square, [gate_up], floor=0.1)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements_are_all_reached():
+    x = torch.full((2**20 + 3, 2048), 2.0, device="cuda", dtype=torch.bfloat16)
+    assert bool((gk.relu2(x)[-3:] == 4).all())
+    assert bool((gk.rms_norm(x)[-3:] == 1).all())
+    assert bool((gk.swiglu_packed(x)[-3:] == gk.swiglu_packed(x)[0, 0]).all())
+
+
+def every_op(device):
+    """name: (call, inputs) with views of uneven strides among the inputs."""
+    cos, sin = tables(6, 8, device)
+
+    def make(*shape):
+        return torch.randn(*shape).to(device).requires_grad_()
+
+    def heads(qkv):
+        return gk.qk_norm_rope(qkv[:, :, :2], qkv[:, :, 2:3], cos, sin, qkv[0, 0, 3], qkv[0, 0, 4])
+
+    return {
+        "rms_norm": (lambda x, w: gk.rms_norm(x[:, :40], w), [make(7, 64), make(40)]),
+        "rms_norm of columns": (lambda x: gk.rms_norm(x.t()), [make(40, 7)]),
+        "add_rms_norm": (lambda x, r, w: gk.add_rms_norm(x[::2], r, w), [make(10, 40), make(5, 40), make(40)]),
+        "rope": (lambda q, k: gk.rope(q.transpose(1, 2), k, cos, sin), [make(2, 3, 6, 16), make(2, 6, 1, 16)]),
+        "qk_norm_rope": (heads, [make(2, 6, 5, 16)]),
+        "swiglu": (lambda g, u: gk.swiglu(g, u[:, ::2]), [make(9, 20), make(9, 40)]),
+        "swiglu_packed": (lambda p: gk.swiglu_packed(p[:, 4:]), [make(9, 44)]),
+        "relu2": (lambda x: gk.relu2(x[:, 1:]), [make(9, 20)]),
+    }
+
+
+@pytest.mark.parametrize("name", every_op("cpu"))
+def test_backward_can_run_twice_scales_with_its_gradient_and_leaves_all_inputs_alone(name, device):
+    call, inputs = every_op(device)[name]
+    before = [t.detach().clone() for t in inputs]
+    out = call(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    seeds = [torch.randn_like(o) for o in out]
+    kept = [s.clone() for s in seeds]
+    values = [o.detach().clone() for o in out]
+    once = torch.autograd.grad(out, inputs, seeds, retain_graph=True)
+    again = torch.autograd.grad(out, inputs, seeds, retain_graph=True)
+    scaled = torch.autograd.grad(out, inputs, [4 * s for s in seeds])
+    for first, second, four in zip(once, again, scaled, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(four, 4 * first)
+    for now, then in zip((*inputs, *seeds, *out), (*before, *kept, *values), strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("name", every_op("cpu"))
+def test_strides_do_not_change_a_result(name, device):
+    call, inputs = every_op(device)[name]
+    found = call(*inputs)
+    # The same numbers under other strides: each input as every second element of a larger tensor.
+    spread = [torch.stack((t, t), -1)[..., 0].detach().requires_grad_() for t in inputs]
+    again = call(*spread)
+    for a, b in zip(*((o if isinstance(o, tuple) else (o,)) for o in (found, again)), strict=True):
+        torch.testing.assert_close(a, b)  # not bit for bit: the order of a sum follows the width of the loads
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)], ids=str)
+def test_empty_input_gives_empty_output_and_zero_gradients(normal, device, shape):
+    x, weight = normal(*shape, device=device), normal(8, device=device)
+    y, total = gk.add_rms_norm(gk.rms_norm(x, weight), x, weight)
+    y = gk.swiglu_packed(y) + gk.relu2(total[..., :4])
+    heads = total.unflatten(-1, (2, 4))
+    q, k = gk.qk_norm_rope(heads, heads, *tables(4, 2, device), weight[:4], weight[4:])
+    (y.sum() + q.sum() + k.sum()).backward()
+    assert y.shape == (*shape[:-1], 4)
+    assert x.grad.shape == shape
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.gpu
+def test_positions_outside_the_tables_give_nan_on_cuda(normal):
+    q = normal(4, 2, 8, device="cuda")
+    turned, _ = gk.rope(q, q, *tables(6, 4, "cuda"), position_ids=torch.tensor([0, 5, 6, -1], device="cuda"))
+    assert turned.isnan().flatten(1).any(1).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(

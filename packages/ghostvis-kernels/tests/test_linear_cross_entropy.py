@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ghostvis_kernels as gk
 from ghostvis_kernels.linear_cross_entropy import linear_cross_entropy_reference
@@ -172,6 +174,90 @@ def test_compiled_in_one_graph_equals_eager_with_ignored_tokens(normal, rng, dev
         torch.compile(step, fullgraph=True, backend="aot_eager"), [x, weight, bias], seeds
     )
     for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(70001, 50257), (257, 151937)])
+def test_the_largest_sizes_match_float64(normal, rng, reduction, tokens, vocabulary, error):
+    # 70,001 x 50,257 is over 2^31 logits, and both vocabularies are odd.
+    x, weight, _, target = problem(normal, rng, tokens, 128, vocabulary, "cuda", torch.bfloat16)
+    weight = (weight.detach() * 0.1).requires_grad_()  # logits of about 1: bf16 is too coarse for those of 40
+    loss = gk.linear_cross_entropy(x, weight, target, reduction=reduction, workspace_bytes=256 << 20)
+    found = torch.autograd.grad(loss.sum(), (x, weight))
+    total, grads = 0.0, [torch.zeros_like(t, dtype=torch.float64) for t in (x, weight)]
+    for part in torch.arange(tokens, device="cuda").split(2048):
+        inputs = [t.detach().double().requires_grad_() for t in (x[part], weight)]
+        piece = linear_cross_entropy_reference(*inputs, target[part], reduction="sum")
+        grad_x, grad_weight = torch.autograd.grad(piece, inputs)
+        grads[0][part] = grad_x
+        grads[1] += grad_weight
+        total += piece.detach()
+    count = (target != -100).sum() if reduction == "mean" else 1
+    assert error(loss.sum(), total / count) < 1e-3
+    assert max(error(f, t / count) for f, t in zip(found, grads, strict=True)) < 8e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("vocabulary", [50257, 65536, 151937])
+def test_odd_vocabularies_are_as_good_as_torch(normal, rng, vocabulary, reduction, dtype, assert_as_good_as_torch):
+    x, weight, bias, target = problem(normal, rng, 131, 123, vocabulary, "cuda", dtype)
+
+    def call(op, **more):
+        return lambda x, w, b: op(x, w, target, b, reduction=reduction, softcap=15.0, **more)
+
+    reference = call(linear_cross_entropy_reference)
+    ours = call(gk.linear_cross_entropy, workspace_bytes=50 * vocabulary * x.element_size())
+    assert_as_good_as_torch(ours, reference, reference, [x, weight, bias])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_waits_for_the_device_and_results_repeat_bitwise(normal, rng, reduction):
+    x, weight, bias, target = problem(normal, rng, 300, 64, 1009, "cuda", torch.bfloat16)
+
+    def run():
+        loss = gk.linear_cross_entropy(x, weight, target, bias, reduction=reduction, workspace_bytes=1 << 18, **ALL)
+        return [loss, *torch.autograd.grad(loss.sum(), (x, weight, bias))]
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", [gk.linear_cross_entropy, gk.linear_logprob])
+def test_checked_mode_names_a_target_out_of_range(monkeypatch, call):
+    monkeypatch.setenv("GHOSTVIS_CHECK", "1")
+    x, weight = (torch.ones(3, 8, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with pytest.raises(ValueError, match=r"target holds 3, outside \[0, 3\) and not ignore_index=-100"):
+        call(x, weight, torch.tensor([0, 3, 1], device="cuda"))
+
+
+@given(
+    rows=st.integers(1, 12), vocabulary=st.integers(2, 40), room=st.integers(1, 9), seed=st.integers(0, 2**31),
+    reduction=st.sampled_from(["mean", "sum"]), softcap=st.sampled_from([0.0, 3.0]),
+)  # fmt: skip
+def test_the_workspace_changes_nothing_but_rounding(rows, vocabulary, room, seed, reduction, softcap):
+    rng = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, 5, generator=rng, dtype=torch.float64).requires_grad_() for n in (rows, vocabulary))
+    target = torch.randint(0, vocabulary, (rows,), generator=rng)
+    target[torch.rand(rows, generator=rng) < 0.3] = -100
+
+    def run(workspace_bytes):
+        loss = gk.linear_cross_entropy(
+            x, weight, target, reduction=reduction, softcap=softcap, workspace_bytes=workspace_bytes
+        )
+        return [loss, *torch.autograd.grad(loss, (x, weight))]
+
+    for a, b in zip(run(1 << 30), run(room * vocabulary * 8), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -3,7 +3,9 @@
 from ghostvis_kernels.attention import attention
 from ghostvis_kernels.attention_decode import attention_decode
 from ghostvis_kernels.backends import backends
-from ghostvis_kernels.linear_cross_entropy import linear_cross_entropy, linear_logprob
+from ghostvis_kernels.linear_cross_entropy import linear_cross_entropy
+from ghostvis_kernels.linear_logprob import linear_logprob
+from ghostvis_kernels.linear_policy_loss import linear_policy_loss
 from ghostvis_kernels.newton_schulz import newton_schulz
 from ghostvis_kernels.rms_norm import add_rms_norm, rms_norm
 from ghostvis_kernels.rope import qk_norm_rope, rope
@@ -16,6 +18,7 @@ __all__ = [
     "backends",
     "linear_cross_entropy",
     "linear_logprob",
+    "linear_policy_loss",
     "newton_schulz",
     "qk_norm_rope",
     "relu2",

@@ -14,17 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ghostvis_kernels.attention_flash import flash, flash_name
+from ghostvis_kernels.attention_fused import packed_fused
 from ghostvis_kernels.attention_packed import WRITTEN_OUT, packed_on_cpu, written_out
 from ghostvis_kernels.backends import (
-    has_flash_attention,
+    cudnn_comes_first,
     has_varlen_attention,
     prefers_cudnn,
     say_once,
     varlen_takes_groups,
 )
+from ghostvis_kernels.registry import kernel_choice, takes_triton
 
-BACKENDS = ("auto", "torch", "flash_attn", "reference")
+BACKENDS = ("auto", "torch", "triton", "flash_attn", "reference")
 HALF = (torch.bfloat16, torch.float16)
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attention(
@@ -52,8 +61,10 @@ def attention(
         max_seqlen: length of the longest document; needed on CUDA, where reading it would wait for the device.
         softcap: cap of the scaled scores, 0 for none.
         scale: factor of q k^T; None is 1 / sqrt(h).
-        backend: "auto"; "torch" (scaled_dot_product_attention, varlen_attn), "flash_attn" (the package; CUDA, half
-            precision), "reference" (explicit fp32 scores).
+        backend: "auto"; "torch" (scaled_dot_product_attention, varlen_attn), "triton" (our kernels; packed, or as many
+            keys as queries), "flash_attn" (the packages; CUDA, half precision), "reference" (explicit fp32 scores).
+            On CUDA in half precision "auto" takes flash-attn 3 or 4 if installed, else cuDNN for whole batches and
+            documents of equal length, else our kernels; `ghostvis_kernels.backends()` tells.
 
     Under `torch.autocast` q, k and v are cast to the autocast dtype.
 
@@ -63,24 +74,78 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or options do not fit, or the backend asked for cannot do this call.
     """
-    packed = cu_seqlens is not None
     _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if backend == "flash_attn" or (backend == "auto" and q.is_cuda and q.dtype in HALF and has_flash_attention()):
-        return _flash_attn(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, scale)
-    if backend == "reference" or softcap:
-        if backend == "auto" and q.is_cuda:
-            say_once("attention: explicit scores (soft-cap without flash-attn); memory grows with T x S")
+    if backend == "reference":
         return attention_reference(q, k, v, causal, window, cu_seqlens, softcap, scale)
-    if not packed:
+    if backend == "auto" and (choice := kernel_choice()) != "auto":
+        backend = "triton" if choice == "triton" and not q.is_cuda else "torch" if choice == "ref" else "auto"
+    if not q.is_cuda and backend in ("auto", "torch"):
+        return _on_cpu(q, k, v, causal, window, cu_seqlens, softcap, scale)
+    return _on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, scale, backend)
+
+
+def _on_cpu(q, k, v, causal, window, cu_seqlens, softcap: float, scale: float) -> Tensor:
+    if softcap:
+        return attention_reference(q, k, v, causal, window, cu_seqlens, softcap, scale)
+    if cu_seqlens is None:
         return _dense(q, k, v, causal, window, scale)
-    if not q.is_cuda:
-        return packed_on_cpu(q, k, v, cu_seqlens, causal, window, scale)
-    return _packed_on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, scale)
+    return packed_on_cpu(q, k, v, cu_seqlens, causal, window, scale)
+
+
+def _on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap: float, scale: float, backend: str) -> Tensor:
+    """The choice among kernels; each is named in the log the first time it is taken."""
+    half, auto, packed = q.dtype in HALF, backend == "auto", cu_seqlens is not None
+    if backend == "flash_attn" or (auto and half and q.is_cuda and _takes_flash(q, softcap, packed)):
+        return _flash_attn(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, scale)
+    plain = window is None and not softcap
+    # No document is longer than max_seqlen, so this says that all are as long: a batch, without a look at the lengths.
+    even = packed and plain and max_seqlen is not None and (len(cu_seqlens) - 1) * max_seqlen == len(q) and len(q) > 0
+    if even and backend != "triton" and q.is_cuda:
+        q, k, v = (t.unflatten(0, (-1, max_seqlen)) for t in (q, k, v))
+        return _dense(q, k, v, causal, None, scale).flatten(0, 1)
+    if backend == "triton" or (auto and half and (softcap or _prefers_ours(q, packed, window))):
+        fits = takes_triton(q) and (half or not q.is_cuda) and (packed or q.shape[1] == k.shape[1])
+        if fits:
+            return _fused(q, k, v, causal, window, cu_seqlens, softcap, scale)
+        if backend == "triton":
+            raise ValueError(
+                "attention: backend='triton' needs CUDA (sm_80), half precision, and as many keys as queries; got "
+                f"{q.dtype} on {q.device}, {q.shape[-3]} queries, {k.shape[-3]} keys; use backend='auto'"
+            )
+    if softcap:
+        say_once("attention: explicit scores (soft-cap in this dtype or backend); memory grows with T x S")
+        return attention_reference(q, k, v, causal, window, cu_seqlens, softcap, scale)
+    if packed:
+        return _packed_on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, scale)
+    return _dense(q, k, v, causal, window, scale)
+
+
+def _takes_flash(q: Tensor, softcap: float, packed: bool) -> bool:
+    """Whether the flash-attn package found is the best for this call."""
+    name = flash_name(q.get_device())
+    if name == "flash-attn 2":  # before sm_90; from there cuDNN and our packed kernels are faster
+        return not prefers_cudnn(q.get_device())
+    return name == "flash-attn 3" or (name == "flash-attn 4" and not softcap)
+
+
+def _prefers_ours(q: Tensor, packed: bool, window: int | None) -> bool:
+    """Packed or windowed from sm_90 on: 0.39 to 0.75 of the time of varlen_attn on one H200; not measured before."""
+    return (packed or window is not None) and prefers_cudnn(q.get_device())
+
+
+def _fused(q, k, v, causal, window, cu_seqlens, softcap: float, scale: float) -> Tensor:
+    say_once("attention: Triton kernels of ghostvis-kernels (packed documents, window or soft-cap)")
+    if cu_seqlens is not None:
+        return packed_fused(q, k, v, cu_seqlens, causal, window or 0, softcap, scale)
+    batch, tokens = q.shape[:2]
+    ends = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    return packed_fused(*flat, ends, causal, window or 0, softcap, scale).view_as(q)
 
 
 def attention_reference(
@@ -146,19 +211,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         # The kernel for masks and fp32 (memory-efficient) takes no grouped heads: SDPA would take explicit scores.
         key, value = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for t in (key, value))
         grouped = False
-    if q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device()):
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
+    if q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device()) and not cudnn_comes_first(q.get_device()):
         say_once("attention: scaled_dot_product_attention, cuDNN before flash (sm_90 or later)")
-        with sdpa_kernel(order, set_priority=True):
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
             out = F.scaled_dot_product_attention(
                 query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped
             )
     else:
+        if q.is_cuda:
+            say_once("attention: scaled_dot_product_attention, in torch's own order")
         out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
 
@@ -195,18 +256,16 @@ def _packed_on_cuda(
 
 
 def _flash_attn(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap: float, scale: float) -> Tensor:
-    if not q.is_cuda or q.dtype not in HALF or not has_flash_attention():
+    name = flash_name(q.get_device()) if q.is_cuda else ""
+    if not name or q.dtype not in HALF:
         raise ValueError(
             f"attention: backend='flash_attn' needs the flash-attn package, CUDA and half precision; got {q.dtype} on "
             f"{q.device}; look at ghostvis_kernels.backends(), or use backend='auto'"
         )
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # ty: ignore[import-not-found]
-
-    say_once("attention: flash-attn 2")
-    options = {"softmax_scale": scale, "causal": causal, "window_size": _sides(causal, window), "softcap": softcap}
-    if cu_seqlens is None:
-        return flash_attn_func(q, k, v, **options)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    if softcap and name == "flash-attn 4":
+        raise ValueError("attention: softcap has no gradient in flash-attn 4; use backend='auto' or 'triton'")
+    say_once(f"attention: {name}")
+    return flash(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, scale)
 
 
 def _sides(causal: bool, window: int | None) -> tuple[int, int]:

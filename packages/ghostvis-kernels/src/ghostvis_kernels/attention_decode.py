@@ -1,13 +1,17 @@
 """Attention of new tokens over a key/value cache whose rows have different lengths.
 
+On CUDA the cache is read once, in pieces (`attention_decode_triton`).
 Shape letters: B rows, t new tokens of each row, S room of the cache, H query heads, K key/value heads, h head size.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ghostvis_kernels.registry import kernel_choice, register
 
 
 def attention_decode(
@@ -32,7 +36,7 @@ def attention_decode(
         window: a token sees itself and the `window` - 1 tokens before it; None for all.
         scale: factor of q k^T; None is 1 / sqrt(h).
 
-    No gradient. On CUDA nothing is read back, shapes depend on shapes alone: fit for CUDA graphs.
+    No gradient. On CUDA nothing is read back, and kernels and grids depend on shapes alone: fit for CUDA graphs.
 
     Returns:
         [B, t, H, h] in the dtype of q.
@@ -41,31 +45,60 @@ def attention_decode(
         ValueError: shapes or dtypes do not fit, or (on CPU) the cache is too short.
     """
     _check(q, k_cache, v_cache, cache_len, k, v)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    # On a CPU torch itself is called: the operator would cost more than a short cache takes.
+    run = _op if q.is_cuda or kernel_choice() == "triton" else decode_reference
+    with torch.no_grad():
+        return run(q, k_cache, v_cache, cache_len, k, v, window or 0, scale)
+
+
+def decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_len: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """The meaning of `attention_decode` in plain torch; window 0 is none."""
     rows, new, heads, size = q.shape
     kv_heads, groups = k_cache.shape[2], heads // k_cache.shape[2]
-    with torch.no_grad():
-        position = cache_len.unsqueeze(1) + torch.arange(new, device=q.device)  # [B, t]
-        if k is not None and v is not None:
-            row = torch.arange(rows, device=q.device).unsqueeze(1)
-            k_cache[row, position] = k.to(k_cache.dtype)
-            v_cache[row, position] = v.to(v_cache.dtype)
-        seen = k_cache.shape[1]
-        if not q.is_cuda:
-            seen = int(cache_len.max()) + new  # free on CPU: leave out the room that nobody uses
-        key, value = k_cache[:, :seen].transpose(1, 2), v_cache[:, :seen].transpose(1, 2)
-        distance = position.unsqueeze(2) - torch.arange(seen, device=q.device)
-        mask = distance >= 0
-        if window is not None:
-            mask = mask & (distance < window)
-        # The heads of a group become rows of one key head: grouped heads without a copy of the cache in every kernel.
-        query = (
-            q.view(rows, new, kv_heads, groups, size).permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, new * groups, size)
-        )
-        mask = mask.repeat_interleave(groups, dim=1).unsqueeze(1)
-        scale = 1 / math.sqrt(size) if scale is None else scale
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        out = out.view(rows, kv_heads, new, groups, size).permute(0, 2, 1, 3, 4)
-        return out.reshape(rows, new, heads, size)
+    position = cache_len.unsqueeze(1) + torch.arange(new, device=q.device)  # [B, t]
+    if k is not None and v is not None:
+        row = torch.arange(rows, device=q.device).unsqueeze(1)
+        k_cache[row, position] = k.to(k_cache.dtype)
+        v_cache[row, position] = v.to(v_cache.dtype)
+    seen = k_cache.shape[1]
+    if not q.is_cuda:
+        seen = int(cache_len.max()) + new  # free on CPU: leave out the room that nobody uses
+    key, value = k_cache[:, :seen].transpose(1, 2), v_cache[:, :seen].transpose(1, 2)
+    distance = position.unsqueeze(2) - torch.arange(seen, device=q.device)
+    mask = distance >= 0
+    if window:
+        mask = mask & (distance < window)
+    # The heads of a group become rows of one key head: grouped heads without a copy of the cache in every kernel.
+    query = q.view(rows, new, kv_heads, groups, size).permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, new * groups, size)
+    mask = mask.repeat_interleave(groups, dim=1).unsqueeze(1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out = out.view(rows, kv_heads, new, groups, size).permute(0, 2, 1, 3, 4)
+    return out.reshape(rows, new, heads, size)
+
+
+def _triton() -> Callable[..., Tensor]:
+    from ghostvis_kernels.attention_decode_triton import decode  # here: it imports triton
+
+    return decode
+
+
+_op = register(
+    "attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_len, Tensor? k, Tensor? v, "
+    "int window, float scale) -> Tensor",
+    decode_reference,
+    _triton,
+    lambda q, *rest: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, k: Tensor | None, v: Tensor | None) -> None:

@@ -7,6 +7,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
+
+from ghostvis_kernels.attention_flash import find_flash
+from ghostvis_kernels.registry import kernel_choice
 
 log = logging.getLogger("ghostvis_kernels")
 
@@ -17,16 +21,6 @@ class Found(NamedTuple):
     there: bool
     why: str
     grouped: bool = False  # varlen_attn: takes enable_gqa (torch >= 2.12)
-
-
-@lru_cache(maxsize=1)
-def find_flash_attention() -> Found:
-    """The flash-attn package. OSError comes from a build for another torch or CUDA."""
-    try:
-        importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:
-        return Found(False, f"not importable: {error}")
-    return Found(True, "imported")
 
 
 @lru_cache(maxsize=1)
@@ -45,11 +39,6 @@ def find_varlen_attention() -> Found:
 # Looked for at the first call on CUDA, not at import: varlen alone pulls in torch's compiler (seconds). Plain constants
 # to torch.compile, so that the search does not break the graph.
 @torch.compiler.assume_constant_result
-def has_flash_attention() -> bool:
-    return find_flash_attention().there
-
-
-@torch.compiler.assume_constant_result
 def has_varlen_attention() -> bool:
     return find_varlen_attention().there
 
@@ -62,7 +51,24 @@ def varlen_takes_groups() -> bool:
 @torch.compiler.assume_constant_result
 def prefers_cudnn(device: int) -> bool:
     """cuDNN before flash: 503 against 302 TFLOP/s forward and backward on one H200 (torch 2.11)."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def cudnn_comes_first(device: int) -> bool:
+    """Whether torch's own order takes cuDNN (torch 2.11 with cuDNN 9.19 does): naming an order costs 17 us a call."""
+    return _torch_takes_cudnn(device)
+
+
+@lru_cache(maxsize=64)
+def capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=64)
+def _torch_takes_cudnn(device: int) -> bool:
+    q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device=torch.device("cuda", device))
+    return torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.CUDNN_ATTENTION.value
 
 
 def say_once(message: str) -> None:
@@ -80,30 +86,68 @@ def backends() -> dict[str, str]:
     """Which path each op takes on this machine, and why.
 
     Returns:
-        {op: sentence}, for CUDA tensors where a CUDA device is visible, else for CPU tensors.
+        {op: sentence}, for CUDA tensors where a CUDA device is visible, else for CPU tensors, as GHOSTVIS_KERNELS asks.
     """
+    choice = kernel_choice()
+    found = {"GHOSTVIS_KERNELS": choice, "torch": torch.__version__, "triton": _triton_version()}
+    return found | (_on_cuda(choice, found["triton"]) if torch.cuda.is_available() else _on_cpu(choice))
+
+
+ROW_OPS = "rms_norm, add_rms_norm, rope, qk_norm_rope, swiglu, swiglu_packed, relu2"
+HEAD_OPS = "linear_cross_entropy, linear_logprob, linear_policy_loss"
+
+
+def _on_cpu(choice: str) -> dict[str, str]:
     from ghostvis_kernels.newton_schulz import cpu_dtype  # circular at import time otherwise
 
-    if not torch.cuda.is_available():
+    if choice == "triton":
         return {
-            "device": f"cpu (no CUDA device visible; torch {torch.__version__})",
-            "rms_norm, add_rms_norm, rope, qk_norm_rope, swiglu, relu2": "torch, fp32 arithmetic, own backward",
-            "linear_cross_entropy, linear_logprob": "torch, chunked to the cache, ignored rows skipped",
-            "attention": "torch scaled_dot_product_attention; with softcap explicit fp32 scores",
-            "attention (packed)": "scaled_dot_product_attention over documents of like length",
-            "attention_decode": "torch scaled_dot_product_attention under a length mask",
-            "newton_schulz": f"torch bmm in {cpu_dtype()}",
+            "device": "cpu, Triton asked for: runs under TRITON_INTERPRET=1 alone, for tests",
+            f"{ROW_OPS}, {HEAD_OPS}, attention, attention_decode, newton_schulz": "Triton, interpreted",
+            "optim.AdamW": "torch fused",
         }
-    flash, varlen = find_flash_attention(), find_varlen_attention()
-    major, minor = torch.cuda.get_device_capability()
-    dense = "flash-attn 2" if flash.there else "SDPA, cuDNN before flash" if major >= 9 else "SDPA, flash"
-    packed = "flash-attn 2" if flash.there else "torch varlen_attn" if varlen.there else "SDPA under a document mask"
     return {
-        "device": f"{torch.cuda.get_device_name()} sm_{major}{minor} (torch {torch.__version__})",
-        "rms_norm, add_rms_norm, rope, qk_norm_rope, swiglu, relu2": "torch, fp32 arithmetic, own backward",
-        "linear_cross_entropy, linear_logprob": "torch, chunked, cuBLAS with fp32 weight-gradient accumulation",
-        "attention": f"half precision: {dense} (flash-attn {flash.why}); fp32: SDPA; soft-cap else: reference",
-        "attention (packed)": f"half precision: {packed} (varlen_attn: {varlen.why}); fp32: SDPA under an [N, N] mask",
-        "attention_decode": "SDPA under a length mask, grouped heads as rows; no synchronisation, fit for CUDA graphs",
-        "newton_schulz": "torch bmm in bf16",
+        "device": "cpu (no CUDA device visible)",
+        ROW_OPS: "torch, fp32 arithmetic, own backward",
+        HEAD_OPS: "torch, chunked to the cache, ignored rows skipped",
+        "attention": "torch scaled_dot_product_attention, short ones written out; with softcap explicit fp32 scores",
+        "attention (packed)": "documents of like length share a padded batch",
+        "attention_decode": "torch scaled_dot_product_attention under a length mask",
+        "newton_schulz": f"torch bmm in {cpu_dtype()}",
+        "optim.AdamW": "torch fused",
     }
+
+
+def _on_cuda(choice: str, triton: str) -> dict[str, str]:
+    device = torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(device)
+    ours = choice != "ref" and major >= 8 and not triton.startswith("none")
+    because = "" if ours else f" (GHOSTVIS_KERNELS={choice}, sm_{major}{minor}, triton {triton})"
+    flash, varlen, cudnn = find_flash(device), find_varlen_attention(), major >= 9
+    varlen_name = "torch varlen_attn" if varlen.there else "SDPA under a document mask"
+    dense = "SDPA, cuDNN first" if cudnn else "SDPA, flash"
+    packed = "Triton; documents of equal length as a batch by cuDNN" if ours and cudnn else varlen_name
+    if flash.name and choice != "ref" and (flash.name != "flash-attn 2" or not cudnn):
+        dense = packed = flash.name
+    bent = "Triton" if ours else "explicit scores, memory grows with T x S"
+    plain = "torch" + because
+    return {
+        "device": f"{torch.cuda.get_device_name(device)} sm_{major}{minor}",
+        ROW_OPS: "Triton" if ours else plain,
+        HEAD_OPS: "cuBLAS and Triton, chunked, fp32 weight-gradient accumulation" if ours else plain + ", chunked",
+        "attention": f"half precision: {dense} ({flash.why}); fp32: SDPA",
+        "attention (packed)": f"half precision: {packed} (varlen_attn: {varlen.why}); fp32: SDPA under an [N, N] mask",
+        "attention (window, soft-cap)": f"half precision: {bent} (or flash-attn that has it); fp32: explicit scores",
+        "attention_decode": "Triton, split over the cache; for CUDA graphs" if ours else plain + ", SDPA under a mask",
+        "newton_schulz": "Triton, one triangle of symmetric products, and cuBLAS; bf16"
+        if ours
+        else plain + " bmm in bf16",
+        "optim.AdamW": "Triton for large fp32 tensors, torch fused for the rest" if ours else "torch fused" + because,
+    }
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"none ({error})"

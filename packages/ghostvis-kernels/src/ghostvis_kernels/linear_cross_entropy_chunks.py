@@ -36,7 +36,7 @@ class Needs(NamedTuple):
     bias: bool
 
 
-class _Gradients:
+class Gradients:
     """Gradients of x, weight and bias, summed over chunks of logit gradients; unwanted ones stay empty."""
 
     def __init__(self, x: Tensor, weight: Tensor, needs: Needs) -> None:
@@ -53,9 +53,9 @@ class _Gradients:
         self.needs = needs
 
     def add(self, part: slice, x: Tensor, weight: Tensor, slope: Tensor) -> None:
-        """Add the chunk whose logits have gradient `slope` [M, V]."""
+        """Add the chunk whose logits have gradient `slope` [M, V], in fp32 or the dtype of x."""
         if self.needs.bias:
-            self.bias += slope.sum(0)
+            self.bias += slope.sum(0, dtype=self.bias.dtype)
         slope = slope.to(x.dtype)
         if self.needs.x:
             torch.mm(slope, weight, out=self.x[part])
@@ -100,7 +100,7 @@ def chunked_forward(
         valid = target != options.ignore_index
         target = torch.where(valid, target, 0)
         factor = valid.to(acc) if token_weight is None else token_weight.to(acc) * valid
-        gradients = _Gradients(x, weight, needs if options.reduction != "none" else Needs(False, False, False))
+        gradients = Gradients(x, weight, needs if options.reduction != "none" else Needs(False, False, False))
         loss, lse = factor.new_empty(x.shape[0]), factor.new_empty(x.shape[0])
         entropy = factor.new_empty(x.shape[0] if "entropy" in options.aux else 0)
         argmax = target.new_empty(x.shape[0] if "argmax" in options.aux else 0)
@@ -159,7 +159,7 @@ def chunked_backward(
         valid = target != options.ignore_index
         target = torch.where(valid, target, 0)
         factor = torch.where(valid, grad if token_weight is None else grad * token_weight, 0).to(lse.dtype)
-        gradients = _Gradients(x, weight, needs)
+        gradients = Gradients(x, weight, needs)
         for part, logits, spare in _logit_chunks(x, weight, bias, options):
             probability = torch.exp(torch.sub(logits, lse[part].unsqueeze(1), out=spare), out=spare)
             slope = _logit_gradient(probability, logits, target[part], factor[part], lse[part], options)
@@ -228,13 +228,18 @@ def _counted_rows(target: Tensor, options: Options, vocabulary: int) -> Tensor |
     counted = valid.nonzero().squeeze(1)
     chosen = target.index_select(0, counted)
     if chosen.numel() and (chosen.min() < 0 or chosen.max() >= vocabulary):
-        bad = chosen[(chosen < 0) | (chosen >= vocabulary)][0].item()
-        raise ValueError(
-            f"linear_cross_entropy: target holds {bad}, outside [0, {vocabulary}) and not "
-            f"ignore_index={options.ignore_index}; "
-            "the tokenizer and the head may disagree on the vocabulary"
-        )
+        require_in_range(chosen, options.ignore_index, vocabulary, "linear_cross_entropy")
     return counted if counted.numel() < target.numel() and not options.aux else None
+
+
+def require_in_range(target: Tensor, ignore_index: int, vocabulary: int, op: str) -> None:
+    """Raise ValueError for a target outside [0, vocabulary) that is not ignore_index; waits for the device."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
+    if wrong.any():
+        raise ValueError(
+            f"{op}: target holds {target[wrong][0].item()}, outside [0, {vocabulary}) and not "
+            f"ignore_index={ignore_index}; the tokenizer and the head may disagree on the vocabulary"
+        )
 
 
 def _spread(rows: Tensor, index: Tensor, count: int) -> Tensor:

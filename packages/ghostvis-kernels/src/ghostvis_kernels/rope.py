@@ -2,13 +2,15 @@
 
 Half-split convention (Hugging Face Llama, Qwen2): element i of the first half of a head turns with element i of the
 second half. `interleaved=True` turns elements 2i and 2i + 1 (GPT-J, the paper). Turning is done in fp32; backward
-turns the other way and saves cos and sin alone. Shape letters: B batch, T tokens, H heads, h head size.
+turns the other way and saves cos and sin alone. CUDA: `rope_triton.py`.
+Shape letters: B batch, T tokens, H heads, h head size.
 """
 
 import torch
 from torch import Tensor
 
-from ghostvis_kernels.rms_norm import rms_norm
+from ghostvis_kernels.registry import check_distributed, register, skips_operator, stays_plain
+from ghostvis_kernels.rms_norm import plain_backward, plain_forward
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -21,24 +23,10 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fals
     return out.to(x.dtype)
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return _turn(x, cos, sin, 1.0, interleaved)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1.0, ctx.interleaved), None, None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, interleaved: bool) -> Tensor:
-    """Turn by `sign` times the angle."""
-    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
-        return rope_reference(x, cos, sin * sign, interleaved)
+def plain_turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, interleaved: bool) -> Tensor:
+    """x turned by `sign` times the angle; cos and sin broadcastable to [..., T, H, h/2]."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return rope_reference(x, cos, sin * sign, interleaved).contiguous()
     # Halves are written in place: 1.8 ms forward and backward against 3.2 ms with torch.cat (2048 x 4 x 64, one core).
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (first, second), (out_first, out_second) = _pairs(x, interleaved), _pairs(out, interleaved)
@@ -54,6 +42,165 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         return x[..., 0::2], x[..., 1::2]
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
+
+
+def _rows(q: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each token, [..., T, 1, h/2], from tables or from rows already picked for each token."""
+    if position_ids is None:
+        cos, sin = (t[..., : q.shape[-3], :] for t in (cos, sin))
+    else:
+        cos, sin = cos[position_ids], sin[position_ids]
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+
+def _plain(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool, back: bool
+) -> tuple[Tensor, Tensor]:
+    cos, sin = _rows(q, cos, sin, position_ids)
+    sign = -1.0 if back else 1.0
+    return plain_turn(q, cos, sin, sign, interleaved), plain_turn(k, cos, sin, sign, interleaved)
+
+
+def _plain_norm(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    position_ids: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cos, sin = _rows(q, cos, sin, position_ids)
+    q, q_scale = plain_forward(q, q_weight, eps, False, q.dtype)
+    k, k_scale = plain_forward(k, k_weight, eps, False, k.dtype)
+    return plain_turn(q, cos, sin, 1.0, interleaved), plain_turn(k, cos, sin, 1.0, interleaved), q_scale, k_scale
+
+
+def _plain_norm_backward(
+    q_grad: Tensor,
+    k_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    position_ids: Tensor | None,
+    interleaved: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cos, sin = _rows(q, cos, sin, position_ids)
+    q_grad, k_grad = (plain_turn(g, cos, sin, -1.0, interleaved) for g in (q_grad, k_grad))
+    q_grad, q_weight_grad = plain_backward(q_grad, q, q_weight, q_scale, False, weight_grad)
+    k_grad, k_weight_grad = plain_backward(k_grad, k, k_weight, k_scale, False, weight_grad)
+    return q_grad, k_grad, q_weight_grad, k_weight_grad
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _scale_like(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _weight_like(weight: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
+
+
+def _fused(name: str):
+    def load():
+        from ghostvis_kernels import rope_triton
+
+        return getattr(rope_triton, name)
+
+    return load
+
+
+_rope = register(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool back)"
+    " -> (Tensor, Tensor)",
+    _plain,
+    _fused("rope"),
+    lambda q, k, cos, sin, position_ids, interleaved, back: (_like(q), _like(k)),
+)
+_norm = register(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps,"
+    " Tensor? position_ids, bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
+    _plain_norm,
+    _fused("qk_norm_rope"),
+    lambda q, k, cos, sin, q_weight, k_weight, eps, position_ids, interleaved: (
+        _like(q),
+        _like(k),
+        _scale_like(q),
+        _scale_like(k),
+    ),
+)
+_norm_backward = register(
+    "qk_norm_rope_backward(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight,"
+    " Tensor? k_weight, Tensor q_scale, Tensor k_scale, Tensor? position_ids, bool interleaved, bool weight_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _plain_norm_backward,
+    _fused("qk_norm_rope_backward"),
+    lambda q_grad, k_grad, q, k, cos, sin, q_weight, k_weight, q_scale, k_scale, position_ids, interleaved, wanted: (
+        _like(q),
+        _like(k),
+        _weight_like(q_weight, q, wanted),
+        _weight_like(k_weight, k, wanted),
+    ),
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool):
+        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.interleaved = interleaved
+        run = _plain if skips_operator(q) else _rope
+        return run(q, k, cos, sin, position_ids, interleaved, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, q_grad: Tensor, k_grad: Tensor):
+        run = _plain if skips_operator(q_grad) else _rope
+        q_grad, k_grad = run(q_grad, k_grad, *ctx.saved_tensors, ctx.interleaved, True)
+        return q_grad, k_grad, None, None, None, None
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        position_ids: Tensor | None,
+        interleaved: bool,
+    ):
+        run = _plain_norm if skips_operator(q) else _norm
+        q_out, k_out, q_scale, k_scale = run(q, k, cos, sin, q_weight, k_weight, eps, position_ids, interleaved)
+        ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight, q_scale, k_scale, position_ids)
+        ctx.interleaved = interleaved
+        return q_out, k_out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, q_grad: Tensor, k_grad: Tensor):
+        of_q, of_k = ctx.needs_input_grad[4:6]
+        run = _plain_norm_backward if skips_operator(q_grad) else _norm_backward
+        q_grad, k_grad, q_weight_grad, k_weight_grad = run(
+            q_grad, k_grad, *ctx.saved_tensors, ctx.interleaved, of_q or of_k
+        )
+        weights = q_weight_grad if of_q else None, k_weight_grad if of_k else None
+        return q_grad, k_grad, None, None, *weights, None, None, None
 
 
 def rope(
@@ -77,10 +224,11 @@ def rope(
         (q, k) turned, in their own dtypes; new tensors.
 
     Raises:
-        ValueError: shapes do not fit, or T is longer than the tables. Wrong position_ids: IndexError on CPU.
+        ValueError: shapes do not fit, or T is longer than the tables. Positions outside the tables:
+            IndexError on a CPU, NaN on CUDA, where nothing waits for the device.
     """
-    cos, sin = _angles("rope", q, k, cos, sin, position_ids)
-    return _Rope.apply(q, cos, sin, interleaved), _Rope.apply(k, cos, sin, interleaved)
+    cos, sin, position_ids = _tables("rope", q, k, cos, sin, position_ids)
+    return _Rope.apply(q, k, cos, sin, position_ids, interleaved)
 
 
 def qk_norm_rope(
@@ -111,19 +259,18 @@ def qk_norm_rope(
     Raises:
         ValueError: as in `rope`, or a weight is not of shape [h].
     """
-    cos, sin = _angles("qk_norm_rope", q, k, cos, sin, position_ids)
+    cos, sin, position_ids = _tables("qk_norm_rope", q, k, cos, sin, position_ids)
+    check_distributed("qk_norm_rope", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and weight.shape != q.shape[-1:]:
             raise ValueError(f"qk_norm_rope: {name} is {tuple(weight.shape)}; expected ({q.shape[-1]},), the head size")
-    q = _Rope.apply(rms_norm(q, q_weight, eps), cos, sin, interleaved)
-    k = _Rope.apply(rms_norm(k, k_weight, eps), cos, sin, interleaved)
-    return q, k
+    return _QKNormRope.apply(q, k, cos, sin, q_weight, k_weight, eps, position_ids, interleaved)
 
 
-def _angles(
+def _tables(
     op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Rows of the tables for each token, [..., T, 1, h/2]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked tables and positions; on a CPU the rows of each token instead, picked once for forward and backward."""
     if q.dim() < 3 or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"{op}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; expected [..., T, H, h] and [..., T, K, h]"
@@ -140,5 +287,6 @@ def _angles(
             raise ValueError(
                 f"{op}: q has T={tokens} tokens but the tables hold {cos.shape[0]} positions; build longer tables"
             )
-        return cos[:tokens].unsqueeze(-2), sin[:tokens].unsqueeze(-2)
-    return cos[position_ids].unsqueeze(-2), sin[position_ids].unsqueeze(-2)
+    elif stays_plain(q):
+        return cos[position_ids], sin[position_ids], None
+    return cos, sin, position_ids

@@ -1,0 +1,144 @@
+"""Which kernel attention takes, with stand-ins for the flash-attn packages, which need a GPU and their own build."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from ghostvis_kernels import attention_flash
+from ghostvis_kernels.attention_flash import candidates, find_flash, flash
+
+# `ghostvis_kernels.attention` and `.backends` are the functions.
+attention_module = importlib.import_module("ghostvis_kernels.attention")
+backends = importlib.import_module("ghostvis_kernels.backends")
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """install(name, ...): stand-ins that record their arguments; nothing else can be imported under these names."""
+    calls = []
+
+    def install(*names):
+        find_flash.cache_clear()
+        for path in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+            monkeypatch.setitem(sys.modules, path, None)
+        for name in names:
+            module = ModuleType(attention_flash.MODULES[name])
+
+            def dense(q, k, v, name=name, **options):
+                calls.append((name, "dense", options))
+                return (q + 1, "lse") if name == "flash-attn 4" else q + 1
+
+            def packed(q, k, v, name=name, **options):
+                calls.append((name, "packed", options))
+                return q + 2
+
+            module.flash_attn_func, module.flash_attn_varlen_func = dense, packed
+            if name == "flash-attn 4":  # shares the folder of flash-attn 2
+                monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+            monkeypatch.setitem(sys.modules, attention_flash.MODULES[name], module)
+        return calls
+
+    yield install
+    find_flash.cache_clear()
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    def pretend(major, minor=0):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("major", "installed", "wanted"),
+    [
+        (9, ["flash-attn 3", "flash-attn 4", "flash-attn 2"], "flash-attn 3"),
+        (9, ["flash-attn 4"], "flash-attn 4"),
+        (10, ["flash-attn 3", "flash-attn 4"], "flash-attn 4"),
+        (8, ["flash-attn 3", "flash-attn 2"], "flash-attn 2"),
+        (9, [], ""),
+    ],
+)
+def test_the_fastest_package_that_imports_is_taken(packages, capability, major, installed, wanted):
+    packages(*installed)
+    capability(major)
+    assert find_flash(0).name == wanted
+    assert wanted in candidates((major, 0)) or "not importable" in find_flash(0).why
+
+
+def test_flash_attn_2_alone_is_not_taken_for_flash_attn_4(packages, capability):
+    packages("flash-attn 2")
+    capability(10)
+    assert find_flash(0).name == "flash-attn 2"
+
+
+@pytest.mark.parametrize("name", ["flash-attn 3", "flash-attn 4", "flash-attn 2"])
+def test_each_package_gets_its_own_spelling_of_window_and_lengths(packages, capability, name):
+    calls = packages(name)
+    capability({"flash-attn 3": 9, "flash-attn 4": 10, "flash-attn 2": 8}[name])
+    q = torch.zeros(6, 2, 8)
+    everything = None if name == "flash-attn 4" else -1
+    assert torch.equal(flash(q, q, q, True, None, None, None, 0.0, 0.5), q + 1)
+    assert calls[-1][2]["window_size"] == (everything, 0)
+    flash(q, q, q, False, None, None, None, 0.0, 0.5)
+    assert calls[-1][2]["window_size"] == (everything, everything)
+    ends = torch.tensor([0, 6], dtype=torch.int32)
+    assert torch.equal(flash(q, q, q, False, 3, ends, 6, 0.0, 0.5), q + 2)
+    assert calls[-1][:2] == (name, "packed")
+    assert calls[-1][2]["window_size"] == (2, 2)
+    assert calls[-1][2]["cu_seqlens_q"] is ends
+    assert calls[-1][2]["max_seqlen_k"] == 6
+
+
+def test_softcap_leaves_flash_attn_4_and_hopper_leaves_flash_attn_2(packages, capability):
+    q = torch.zeros(1, dtype=torch.bfloat16)
+    capability(10)
+    packages("flash-attn 4")
+    backends.capability.cache_clear()
+    assert attention_module._takes_flash(q, 0.0, True)
+    assert not attention_module._takes_flash(q, 5.0, True)
+    packages("flash-attn 2")
+    assert not attention_module._takes_flash(q, 0.0, True)
+    capability(8)
+    backends.capability.cache_clear()
+    find_flash.cache_clear()
+    assert attention_module._takes_flash(q, 0.0, True)
+    backends.capability.cache_clear()
+
+
+def test_the_choice_of_a_kernel_does_not_break_the_graph(packages, capability):
+    packages()
+    capability(9)
+    backends.capability.cache_clear()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def choice(q):
+        ours = attention_module._prefers_ours(q, True, None) and not attention_module._takes_flash(q, 0.0, True)
+        return q + 1 if ours else q - 1
+
+    assert choice(torch.zeros(1)).item() == 1
+    backends.capability.cache_clear()
+
+
+def test_the_environment_variable_reaches_backends(monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_KERNELS", "ref")
+    assert backends.backends()["GHOSTVIS_KERNELS"] == "ref"
+    monkeypatch.setenv("GHOSTVIS_KERNELS", "fast")
+    with pytest.raises(ValueError, match=r"GHOSTVIS_KERNELS is 'fast'; expected one of"):
+        backends.backends()
+
+
+def test_every_op_of_the_package_is_told_of():
+    told = " ".join(backends.backends())
+    import ghostvis_kernels as gk
+
+    assert [
+        name
+        for name in gk.__all__
+        if name[0].islower() and name not in told and name not in ("backends", "nn", "optim")
+    ] == []
