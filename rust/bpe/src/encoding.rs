@@ -1,16 +1,17 @@
 //! An encoding: vocabulary, split pattern, special tokens. Immutable, so threads share it freely.
 
 use std::collections::HashSet;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use sha2::{Digest, Sha256};
+use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
 use crate::encode::Scratch;
 use crate::error::{Error, Result};
 use crate::split::Pattern;
-use crate::train::split_by_bytes;
+use crate::train::{all_cores, split_by_bytes};
 use crate::vocab::{Vocab, show};
 
 #[derive(Debug)]
@@ -19,7 +20,12 @@ pub struct Encoding {
     pattern: Pattern,
     /// In id order.
     specials: Vec<(String, u32)>,
+    /// Whether text is brought into Unicode's normal form C first.
+    nfc: bool,
     hash: OnceLock<String>,
+    /// Scratches with warm caches, at most one for each thread that encoded at the same time as others.
+    #[expect(clippy::vec_box, reason = "a scratch of 2 KB moves out and in at every call")]
+    idle: Mutex<Vec<Box<Scratch>>>,
 }
 
 /// A choice among the special tokens of an encoding.
@@ -32,10 +38,21 @@ pub enum Specials {
 impl Encoding {
     /// Refuses empty or repeated special tokens and ids that are taken.
     pub fn new(vocab: Vocab, pattern: Pattern, specials: Vec<(String, u32)>) -> Result<Self> {
-        Self::assemble(vocab.into(), pattern, specials)
+        Self::assemble(vocab.into(), pattern, specials, false)
     }
 
-    fn assemble(vocab: Arc<Vocab>, pattern: Pattern, mut specials: Vec<(String, u32)>) -> Result<Self> {
+    /// The same encoding, which normalizes text to NFC before cutting it, as Qwen's do.
+    pub fn with_nfc(mut self) -> Self {
+        self.nfc = true;
+        self.hash = OnceLock::new();
+        self
+    }
+
+    pub fn nfc(&self) -> bool {
+        self.nfc
+    }
+
+    fn assemble(vocab: Arc<Vocab>, pattern: Pattern, mut specials: Vec<(String, u32)>, nfc: bool) -> Result<Self> {
         check_names(specials.iter().map(|s| s.0.as_str()))?;
         specials.sort_by_key(|s| s.1);
         let mut last_id = None;
@@ -51,14 +68,14 @@ impl Encoding {
             }
             last_id = Some(*id);
         }
-        Ok(Self { vocab, pattern, specials, hash: OnceLock::new() })
+        Ok(Self { vocab, pattern, specials, nfc, hash: OnceLock::new(), idle: Mutex::default() })
     }
 
     /// The same encoding with `names` after all ids there are.
     pub fn with_special_tokens(&self, names: Vec<String>) -> Result<Self> {
         let added = names.into_iter().zip(self.vocab_size()..);
         let specials = self.specials.iter().cloned().chain(added).collect();
-        Self::assemble(self.vocab.clone(), self.pattern.clone(), specials)
+        Self::assemble(self.vocab.clone(), self.pattern.clone(), specials, self.nfc)
     }
 
     pub fn vocab(&self) -> &Vocab {
@@ -91,30 +108,35 @@ impl Encoding {
 
     /// The pair that each token past the bytes is made of: token `256 + i` joins the two ids of entry `i`.
     ///
-    /// Refuses a vocabulary that was not made by merging alone (edited by hand, or with gaps).
+    /// Refuses a vocabulary that was not made by merging alone (edited by hand), or where ids have gaps.
     pub fn merges(&self) -> Result<Vec<(u32, u32)>> {
-        let not_merged = |id: u32, what: &str| {
-            Error::value(format!(
-                "vocabulary: token {id} {what}, so this vocabulary cannot be written as 256 bytes and a list of merges"
-            ))
-        };
+        for id in 0..self.vocab.id_bound() {
+            match self.vocab.bytes(id) {
+                None => return Error::value(not_merged(id, "does not exist")),
+                Some(token) if id < 256 && token.len() != 1 => {
+                    return Error::value(not_merged(id, "is longer than one byte"));
+                }
+                Some(_) => {}
+            }
+        }
+        self.merges_by_id()
+    }
+
+    /// The two ids that each token of several bytes is made of, in the order of their ids, which may have gaps.
+    ///
+    /// Refuses a token that no two earlier ones make.
+    pub fn merges_by_id(&self) -> Result<Vec<(u32, u32)>> {
         let mut scratch = Scratch::default();
         let mut parts = Vec::new();
         let mut merges = Vec::new();
         for id in 0..self.vocab.id_bound() {
-            let Some(token) = self.vocab.bytes(id) else { return not_merged(id, "does not exist") };
-            if id < 256 {
-                if token.len() != 1 {
-                    return not_merged(id, "is longer than one byte");
-                }
-                continue;
-            }
+            let Some(token) = self.vocab.bytes(id).filter(|token| token.len() > 1) else { continue };
             parts.clear();
             scratch.set_limit(id);
             scratch.merge(&self.vocab, token, &mut parts);
             match parts[..] {
-                [left, right] => merges.push((left, right)),
-                _ => return not_merged(id, &format!("{} is not two earlier tokens", show(token))),
+                [left, right] if left < id && right < id => merges.push((left, right)),
+                _ => return Error::value(not_merged(id, &format!("{} is not two earlier tokens", show(token)))),
             }
         }
         Ok(merges)
@@ -140,6 +162,9 @@ impl Encoding {
             for (name, id) in &self.specials {
                 field(*id, name.as_bytes());
             }
+            if self.nfc {
+                field(1, b"nfc");
+            }
             sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
         })
     }
@@ -149,7 +174,18 @@ impl Encoding {
         if text.len() >= u32::MAX as usize {
             return Error::value(format!("text: {} bytes in one string, the most is 4 GiB. Cut it", text.len()));
         }
-        self.pattern.split(text, |piece| scratch.piece(&self.vocab, piece, out))
+        let normal;
+        let text = if self.nfc && !text.is_ascii() && is_nfc_quick(text.chars()) != IsNormalized::Yes {
+            normal = text.nfc().collect::<String>();
+            normal.as_str()
+        } else {
+            text
+        };
+        let (vocab, bytes) = (&*self.vocab, text.as_bytes());
+        scratch.begin(vocab);
+        self.pattern.split(text, |start, end| scratch.push(vocab, bytes, start, end - start, out))?;
+        scratch.finish(vocab, bytes, out);
+        Ok(())
     }
 
     /// Appends the ids of `text`, special tokens in `allowed` as their ids.
@@ -200,46 +236,110 @@ impl Encoding {
         Ok(chosen)
     }
 
-    /// The ids of each text as `encode_ordinary` gives them, on `threads` threads.
-    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S], threads: usize) -> Result<Vec<Vec<u32>>> {
-        let work = |share: &[S]| -> Result<Vec<Vec<u32>>> {
-            let mut scratch = Scratch::default();
-            share
-                .iter()
-                .map(|text| {
-                    let mut ids = Vec::new();
-                    self.encode_ordinary(text.as_ref(), &mut scratch, &mut ids).map(|()| ids)
-                })
-                .collect()
+    /// Lends a scratch whose cache may know this encoding's pieces already.
+    ///
+    /// Never waits: where the list of idle ones is taken (by a thread that is putting its own back, or that a fork
+    /// left behind), a new one is made.
+    pub fn with_scratch<T>(&self, work: impl FnOnce(&mut Scratch) -> T) -> T {
+        let mut scratch = self.idle.try_lock().ok().and_then(|mut idle| idle.pop()).unwrap_or_default();
+        let result = work(&mut scratch);
+        if let Ok(mut idle) = self.idle.try_lock()
+            && idle.len() < all_cores()
+        {
+            idle.push(scratch);
+        }
+        result
+    }
+
+    /// The ids of all texts as `encode_ordinary` gives them, one after the other, and where each text ends, on
+    /// `threads` threads: a pair for each run of texts.
+    pub fn encode_flat<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+        threads: usize,
+    ) -> Result<Vec<(Vec<u32>, Vec<usize>)>> {
+        let work = |share: &[S]| {
+            self.with_scratch(|scratch| -> Result<(Vec<u32>, Vec<usize>)> {
+                let bytes: usize = share.iter().map(|text| text.as_ref().len()).sum();
+                let mut ids = Vec::with_capacity(bytes / 3);
+                let mut ends = Vec::with_capacity(share.len());
+                for text in share {
+                    self.encode_ordinary(text.as_ref(), scratch, &mut ids)?;
+                    ends.push(ids.len());
+                }
+                Ok((ids, ends))
+            })
         };
         let mut shares = split_by_bytes(texts, threads.max(1)).into_iter().filter(|share| !share.is_empty());
         let Some(own) = shares.next() else { return Ok(Vec::new()) };
         thread::scope(|scope| {
             let jobs: Vec<_> = shares.map(|share| scope.spawn(move || work(share))).collect();
-            let mut all = work(own)?;
+            let mut all = vec![work(own)?];
             for job in jobs {
-                all.extend(job.join().expect("encoding does not panic")?);
+                all.push(job.join().expect("encoding does not panic")?);
             }
             Ok(all)
         })
     }
 
+    /// The ids of each text as `encode_ordinary` gives them, on `threads` threads.
+    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S], threads: usize) -> Result<Vec<Vec<u32>>> {
+        let mut batch = Vec::with_capacity(texts.len());
+        for (ids, ends) in self.encode_flat(texts, threads)? {
+            let mut start = 0;
+            for end in ends {
+                batch.push(ids[start..end].to_vec());
+                start = end;
+            }
+        }
+        Ok(batch)
+    }
+
     /// The bytes of `ids`, special tokens as their names.
     pub fn decode_bytes(&self, ids: &[u32]) -> Result<Vec<u8>> {
-        let mut out = Vec::with_capacity(ids.len() * 4);
+        let mut out = vec![0; self.decoded_len(ids)?];
+        self.decode_into(ids, &mut out);
+        Ok(out)
+    }
+
+    /// How many bytes `ids` have. An error for an id that does not exist.
+    pub fn decoded_len(&self, ids: &[u32]) -> Result<usize> {
+        let mut len = 0;
         for (i, &id) in ids.iter().enumerate() {
             match self.token_bytes(id) {
-                Some(bytes) => out.extend_from_slice(bytes),
+                Some(bytes) => len += bytes.len(),
                 None => return Error::value(format!("ids[{i}]: {}", self.no_token(id))),
             }
         }
-        Ok(out)
+        Ok(len)
+    }
+
+    /// Writes the bytes of `ids` over `out`, which has `decoded_len` bytes.
+    pub fn decode_into(&self, ids: &[u32], out: &mut [u8]) {
+        let mut at = 0;
+        for &id in ids {
+            if let Some((block, len)) = self.vocab.block(id)
+                && let Some(place) = out.get_mut(at..at + block.len())
+            {
+                // Sixteen bytes at once are faster than exactly as many as the token has; the next token mends it.
+                place.copy_from_slice(block);
+                at += len;
+                continue;
+            }
+            let bytes = self.token_bytes(id).expect("decoded_len has looked up every id");
+            out[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        }
     }
 
     /// Why an id has no bytes.
     pub fn no_token(&self, id: u32) -> String {
         format!("no token has id {id}, the vocabulary has {} ids", self.vocab_size())
     }
+}
+
+fn not_merged(id: u32, what: &str) -> String {
+    format!("vocabulary: token {id} {what}, so this vocabulary cannot be written as 256 bytes and a list of merges")
 }
 
 /// Refuses an empty and a repeated name of a special token.

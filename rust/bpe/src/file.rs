@@ -1,4 +1,4 @@
-//! Our tokenizer file: JSON that a person can read, with the hash of its content; and tiktoken's rank files.
+//! Files: our own, JSON that a person can read with the hash of its content; Hugging Face's; tiktoken's ranks.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
+use crate::hf;
 use crate::split::Pattern;
 use crate::vocab::Vocab;
 
@@ -27,6 +28,8 @@ struct Contents {
     /// Token `i` is the byte `bytes[i]`.
     bytes: Vec<u8>,
     special_tokens: Vec<(String, u32)>,
+    /// "nfc"; absent where text is taken as it is.
+    normalizer: Option<String>,
     /// Token `256 + i` is the two tokens of `merges[i]`.
     merges: Vec<(u32, u32)>,
 }
@@ -50,6 +53,7 @@ pub fn to_json(encoding: &Encoding) -> Result<String> {
     writeln!(out, "{{\n  \"format\": {},\n  \"version\": {VERSION},", quoted(FORMAT))
         .and_then(|()| writeln!(out, "  \"sha256\": {},", quoted(encoding.hash())))
         .and_then(|()| writeln!(out, "  \"pattern\": {},", quoted(encoding.pattern().regex())))
+        .and_then(|()| if encoding.nfc() { writeln!(out, "  \"normalizer\": \"nfc\",") } else { Ok(()) })
         .and_then(|()| writeln!(out, "  \"bytes\": [{}],", bytes.join(", ")))
         .and_then(|()| writeln!(out, "  \"special_tokens\": [{}\n  ],", specials.join(",")))
         .and_then(|()| writeln!(out, "  \"merges\": [{}\n  ]\n}}", merges.join(",")))
@@ -75,7 +79,12 @@ pub fn from_json(json: &[u8], place: &str) -> Result<Encoding> {
     }
     let build = || {
         let vocab = Vocab::from_merges(&contents.bytes, &contents.merges)?;
-        Encoding::new(vocab, Pattern::new(&contents.pattern)?, contents.special_tokens)
+        let encoding = Encoding::new(vocab, Pattern::new(&contents.pattern)?, contents.special_tokens)?;
+        match contents.normalizer.as_deref() {
+            None => Ok(encoding),
+            Some("nfc") => Ok(encoding.with_nfc()),
+            Some(other) => Error::value(format!("normalizer: {other:?} is not known, \"nfc\" is")),
+        }
     };
     let encoding = build().map_err(|error| Error::Value(format!("{place}: {error}")))?;
     if encoding.hash() != contents.sha256 {
@@ -96,9 +105,12 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|error| Error::Io(path.to_path_buf(), error))
 }
 
-/// Writes a temporary file beside `path` and renames it, so that no reader ever sees half of it.
 pub fn save(encoding: &Encoding, path: &Path) -> Result<()> {
-    let json = to_json(encoding)?;
+    write_whole(path, to_json(encoding)?.as_bytes())
+}
+
+/// Writes a temporary file beside `path` and renames it, so that no reader ever sees half of it.
+fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
     let Some(name) = path.file_name() else {
         return Error::value(format!("path: {:?} names no file", path.display()));
     };
@@ -107,7 +119,7 @@ pub fn save(encoding: &Encoding, path: &Path) -> Result<()> {
     let temporary = path.with_file_name(temporary);
     let write = || {
         let mut file = File::create(&temporary)?;
-        file.write_all(json.as_bytes())?;
+        file.write_all(content)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
@@ -116,6 +128,27 @@ pub fn save(encoding: &Encoding, path: &Path) -> Result<()> {
         let _ = fs::remove_file(&temporary);
         Error::Io(path.to_path_buf(), error)
     })
+}
+
+/// Reads a `tokenizer.json` of Hugging Face's library.
+pub fn load_hf(path: &Path) -> Result<Encoding> {
+    hf::from_json(&read(path)?, &path.display().to_string())
+}
+
+/// Writes a `tokenizer.json` that Hugging Face's library loads with the same ids.
+pub fn save_hf(encoding: &Encoding, path: &Path) -> Result<()> {
+    write_whole(path, hf::to_json(encoding)?.as_bytes())
+}
+
+/// Writes tiktoken's rank file. Pattern and special tokens have no place in it.
+pub fn save_ranks(encoding: &Encoding, path: &Path) -> Result<()> {
+    let mut out = String::new();
+    for id in 0..encoding.vocab().id_bound() {
+        if let Some(token) = encoding.vocab().bytes(id) {
+            writeln!(out, "{} {id}", STANDARD.encode(token)).expect("writing to a string does not fail");
+        }
+    }
+    write_whole(path, out.as_bytes())
 }
 
 /// Reads tiktoken's rank file: a base64 token, a blank and its rank on each line.

@@ -17,15 +17,20 @@
 //! # }
 //! ```
 
+mod backtrack;
+mod cache;
+mod chunk;
 mod classes;
 mod count;
 mod encode;
 mod encoding;
 mod error;
 pub mod file;
+pub mod hf;
 mod merge;
 #[cfg(feature = "python")]
 mod python;
+mod runs;
 mod split;
 mod train;
 mod vocab;
@@ -34,5 +39,5 @@ pub use encode::Scratch;
 pub use encoding::{Encoding, Specials};
 pub use error::{Error, Result};
 pub use split::{PRESETS, Pattern};
-pub use train::{MAX_VOCAB_SIZE, Trainer, all_cores, check_sizes};
+pub use train::{MAX_VOCAB_SIZE, TieBreak, Trainer, all_cores, check_sizes};
 pub use vocab::Vocab;

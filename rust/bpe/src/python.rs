@@ -2,17 +2,19 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyOSError, PyTypeError, PyUnicodeEncodeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString, PyTuple};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyInt, PyList, PyString, PyTuple};
 
 use crate::encoding::{Specials, check_names};
 use crate::error::{Error, Result};
-use crate::{Encoding, PRESETS, Pattern, Scratch, Trainer, Vocab, all_cores, check_sizes, file};
+use crate::{Encoding, PRESETS, Pattern, TieBreak, Trainer, Vocab, all_cores, check_sizes, file};
 
 /// Below this many bytes, letting other threads run costs more than it gives.
 const DETACH_BYTES: usize = 1 << 14;
@@ -77,17 +79,28 @@ fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         for (i, item) in list.iter().enumerate() {
             out.push(id_of(&item, i)?);
         }
-    } else if let Ok(buffer) = PyBuffer::<u32>::get(ids) {
-        if buffer.dimensions() != 1 {
-            return Err(PyValueError::new_err(format!("ids: {} dimensions, 1 expected", buffer.dimensions())));
+    } else if let Some(buffer) = ids_of_buffer::<u32>(ids)? {
+        out = buffer;
+    } else if let Some(buffer) = ids_of_buffer::<i64>(ids)? {
+        for (i, id) in buffer.into_iter().enumerate() {
+            let wrong = |_| PyValueError::new_err(format!("ids[{i}]: {id} is not a token id"));
+            out.push(u32::try_from(id).map_err(wrong)?);
         }
-        out = buffer.to_vec(ids.py())?;
     } else {
         for (i, item) in ids.try_iter()?.enumerate() {
             out.push(id_of(&item?, i)?);
         }
     }
     Ok(out)
+}
+
+/// The numbers of a one-dimensional buffer of `T`, `None` for anything else.
+fn ids_of_buffer<T: pyo3::buffer::Element>(ids: &Bound<'_, PyAny>) -> PyResult<Option<Vec<T>>> {
+    let Ok(buffer) = PyBuffer::<T>::get(ids) else { return Ok(None) };
+    if buffer.dimensions() != 1 {
+        return Err(PyValueError::new_err(format!("ids: {} dimensions, 1 expected", buffer.dimensions())));
+    }
+    buffer.to_vec(ids.py()).map(Some)
 }
 
 #[inline]
@@ -127,13 +140,30 @@ fn names_of(names: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<String>> {
 
 /// An immutable byte-level BPE encoding.
 #[pyclass(name = "Encoding", module = "ghostvis_bpe", frozen)]
-struct PyEncoding(Encoding);
+struct PyEncoding {
+    inner: Encoding,
+    /// How many ids went into lists so far.
+    listed: AtomicUsize,
+    /// Python's integer of each id: handing one out takes half the time of making one.
+    integers: PyOnceLock<Vec<Py<PyInt>>>,
+}
+
+impl From<Encoding> for PyEncoding {
+    fn from(inner: Encoding) -> Self {
+        Self { inner, listed: AtomicUsize::new(0), integers: PyOnceLock::new() }
+    }
+}
 
 #[pymethods]
 impl PyEncoding {
     #[new]
-    #[pyo3(signature = (ranks, pattern = "ghostvis", special_tokens = None))]
-    fn new(ranks: &Bound<'_, PyDict>, pattern: &str, special_tokens: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+    #[pyo3(signature = (ranks, pattern = "ghostvis", special_tokens = None, normalizer = None))]
+    fn new(
+        ranks: &Bound<'_, PyDict>,
+        pattern: &str,
+        special_tokens: Option<&Bound<'_, PyDict>>,
+        normalizer: Option<&str>,
+    ) -> PyResult<Self> {
         let mut tokens: Vec<(Vec<u8>, u32)> = Vec::with_capacity(ranks.len());
         for (token, rank) in ranks.iter() {
             let Ok(bytes) = token.cast::<PyBytes>() else {
@@ -145,7 +175,12 @@ impl PyEncoding {
         for (name, id) in special_tokens.iter().flat_map(|specials| specials.iter()) {
             specials.push((name.extract()?, rank_of(&id, "special_tokens", &name)?));
         }
-        Ok(Self(Encoding::new(Vocab::new(&tokens)?, Pattern::new(pattern)?, specials)?))
+        let encoding = Encoding::new(Vocab::new(&tokens)?, Pattern::new(pattern)?, specials)?;
+        match normalizer {
+            None => Ok(encoding.into()),
+            Some("nfc") => Ok(encoding.with_nfc().into()),
+            Some(other) => Err(PyValueError::new_err(format!("normalizer: {other:?} should be \"nfc\" or None"))),
+        }
     }
 
     #[staticmethod]
@@ -158,11 +193,11 @@ impl PyEncoding {
         let specials = special_tokens.unwrap_or_default().into_iter().collect();
         let vocab = Vocab::new(&file::read_ranks(&path)?)
             .map_err(|error| Error::Value(format!("{}: {error}", path.display())))?;
-        Ok(Self(Encoding::new(vocab, Pattern::new(pattern)?, specials)?))
+        Ok(Self::from(Encoding::new(vocab, Pattern::new(pattern)?, specials)?))
     }
 
     fn encode_ordinary<'py>(&self, py: Python<'py>, text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyList>> {
-        PyList::new(py, self.ids(py, text)?)
+        self.with_ids(py, text, |ids| self.list(py, ids))?
     }
 
     #[pyo3(signature = (text, allowed_special = None, disallowed_special = None))]
@@ -178,10 +213,10 @@ impl PyEncoding {
         let text = text_of(text)?;
         let encode = || -> Result<Vec<u32>> {
             let mut ids = Vec::new();
-            self.0.encode(&text, &allowed, &disallowed, &mut Scratch::default(), &mut ids)?;
+            self.inner.with_scratch(|scratch| self.inner.encode(&text, &allowed, &disallowed, scratch, &mut ids))?;
             Ok(ids)
         };
-        PyList::new(py, maybe_detach(py, text.len(), encode)?)
+        self.list(py, &maybe_detach(py, text.len(), encode)?)
     }
 
     #[pyo3(signature = (texts, *, threads = None))]
@@ -193,20 +228,44 @@ impl PyEncoding {
     ) -> PyResult<Bound<'py, PyList>> {
         let texts = texts_of(texts, "texts")?;
         let threads = threads_of(threads)?;
-        let batch = py.detach(|| self.0.encode_batch(&texts, threads))?;
-        let lists: PyResult<Vec<_>> = batch.into_iter().map(|ids| PyList::new(py, ids)).collect();
-        PyList::new(py, lists?)
+        let shares = py.detach(|| self.inner.encode_flat(&texts, threads))?;
+        let mut lists = Vec::with_capacity(texts.len());
+        for (ids, ends) in shares {
+            let mut start = 0;
+            for end in ends {
+                lists.push(self.list(py, &ids[start..end])?);
+                start = end;
+            }
+        }
+        PyList::new(py, lists)
+    }
+
+    #[pyo3(signature = (texts, *, threads = None))]
+    fn encode_batch_to_numpy<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        threads: Option<usize>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let texts = texts_of(texts, "texts")?;
+        let threads = threads_of(threads)?;
+        let shares = py.detach(|| self.inner.encode_flat(&texts, threads))?;
+        let mut before = 0i64;
+        let mut offsets = vec![before];
+        for (ids, ends) in &shares {
+            offsets.extend(ends.iter().map(|&end| before + end as i64));
+            before += ids.len() as i64;
+        }
+        let ids: Vec<&[u32]> = shares.iter().map(|(ids, _)| ids.as_slice()).collect();
+        Ok((array_of(py, &ids, "u4")?, array_of(py, &[offsets.as_slice()], "i8")?))
     }
 
     fn encode_to_numpy<'py>(&self, py: Python<'py>, text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
-        let ids = self.ids(py, text)?;
-        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
-        // A bytearray, so that the array is writable.
-        py.import("numpy")?.call_method1("frombuffer", (PyByteArray::new(py, &bytes), "u4"))
+        self.with_ids(py, text, |ids| array_of(py, &[ids], "u4"))?
     }
 
     fn count(&self, py: Python<'_>, text: &Bound<'_, PyString>) -> PyResult<usize> {
-        Ok(self.ids(py, text)?.len())
+        self.with_ids(py, text, <[u32]>::len)
     }
 
     #[pyo3(signature = (ids, errors = "replace"))]
@@ -216,7 +275,8 @@ impl PyEncoding {
                 "errors: {errors:?} should be \"replace\", \"strict\", \"ignore\" or \"backslashreplace\""
             )));
         }
-        match String::from_utf8(self.0.decode_bytes(&ids_of(ids)?)?) {
+        let bytes = self.inner.decode_bytes(&ids_of(ids)?)?;
+        match String::from_utf8(bytes) {
             Ok(text) => Ok(PyString::new(py, &text)),
             Err(error) => {
                 let bytes = PyBytes::new(py, error.as_bytes());
@@ -226,39 +286,48 @@ impl PyEncoding {
     }
 
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(py, &self.0.decode_bytes(&ids_of(ids)?)?))
+        let ids = ids_of(ids)?;
+        PyBytes::new_with(py, self.inner.decoded_len(&ids)?, |out| {
+            self.inner.decode_into(&ids, out);
+            Ok(())
+        })
     }
 
     fn token_bytes<'py>(&self, py: Python<'py>, id: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let number: u32 = id.extract().map_err(|_| PyValueError::new_err(format!("id: {id} is not a token id")))?;
-        match self.0.token_bytes(number) {
+        match self.inner.token_bytes(number) {
             Some(bytes) => Ok(PyBytes::new(py, bytes)),
-            None => Err(PyValueError::new_err(self.0.no_token(number))),
+            None => Err(PyValueError::new_err(self.inner.no_token(number))),
         }
     }
 
     #[getter]
     fn vocab_size(&self) -> u32 {
-        self.0.vocab_size()
+        self.inner.vocab_size()
     }
 
     #[getter]
     fn pattern(&self) -> &str {
-        self.0.pattern().regex()
+        self.inner.pattern().regex()
+    }
+
+    #[getter]
+    fn normalizer(&self) -> Option<&'static str> {
+        self.inner.nfc().then_some("nfc")
     }
 
     #[getter]
     fn special_tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
-        self.0.specials().iter().try_for_each(|(name, id)| dict.set_item(name, id))?;
+        self.inner.specials().iter().try_for_each(|(name, id)| dict.set_item(name, id))?;
         Ok(dict)
     }
 
     #[getter]
     fn ranks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
-        for id in 0..self.0.vocab().id_bound() {
-            if let Some(token) = self.0.vocab().bytes(id) {
+        for id in 0..self.inner.vocab().id_bound() {
+            if let Some(token) = self.inner.vocab().bytes(id) {
                 dict.set_item(PyBytes::new(py, token), id)?;
             }
         }
@@ -267,61 +336,110 @@ impl PyEncoding {
 
     #[getter]
     fn merges(&self) -> PyResult<Vec<(u32, u32)>> {
-        Ok(self.0.merges()?)
+        Ok(self.inner.merges()?)
     }
 
     #[getter]
     fn hash(&self) -> &str {
-        self.0.hash()
+        self.inner.hash()
     }
 
     fn with_special_tokens(&self, names: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Ok(Self(self.0.with_special_tokens(names_of(names, "names")?)?))
+        Ok(Self::from(self.inner.with_special_tokens(names_of(names, "names")?)?))
     }
 
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
-        Ok(py.detach(|| file::save(&self.0, &path))?)
+        Ok(py.detach(|| file::save(&self.inner, &path))?)
+    }
+
+    fn save_tiktoken(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        Ok(py.detach(|| file::save_ranks(&self.inner, &path))?)
+    }
+
+    fn save_hf(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        Ok(py.detach(|| file::save_hf(&self.inner, &path))?)
+    }
+
+    #[staticmethod]
+    fn _load_hf(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(Self::from(py.detach(|| file::load_hf(&path))?))
     }
 
     #[staticmethod]
     fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Self(py.detach(|| file::load(&path))?))
+        Ok(Self::from(py.detach(|| file::load(&path))?))
     }
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
         let (py, own) = (slf.py(), slf.get());
-        let state = (own.ranks(py)?, own.pattern(), own.special_tokens(py)?);
+        let state = (own.ranks(py)?, own.pattern(), own.special_tokens(py)?, own.normalizer());
         Ok((slf.get_type().into_any(), state.into_pyobject(py)?))
     }
 
     fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
-        other.cast::<Self>().is_ok_and(|other| other.get().0.hash() == self.0.hash())
+        other.cast::<Self>().is_ok_and(|other| other.get().inner.hash() == self.inner.hash())
     }
 
     fn __hash__(&self) -> u64 {
-        crate::count::hash_bytes(self.0.hash().as_bytes())
+        crate::count::hash_bytes(self.inner.hash().as_bytes())
     }
 
     fn __repr__(&self) -> String {
         format!(
             "Encoding(vocab_size={}, special_tokens={}, hash={:?})",
-            self.0.vocab_size(),
-            self.0.specials().len(),
-            &self.0.hash()[..12]
+            self.inner.vocab_size(),
+            self.inner.specials().len(),
+            &self.inner.hash()[..12]
         )
     }
 }
 
 impl PyEncoding {
-    fn ids(&self, py: Python<'_>, text: &Bound<'_, PyString>) -> PyResult<Vec<u32>> {
+    /// Calls `use_ids` with the ids of `text`, in a buffer that is used again.
+    fn with_ids<T>(
+        &self,
+        py: Python<'_>,
+        text: &Bound<'_, PyString>,
+        use_ids: impl FnOnce(&[u32]) -> T,
+    ) -> PyResult<T> {
         let text = text_of(text)?;
-        let encode = || -> Result<Vec<u32>> {
-            let mut ids = Vec::with_capacity(text.len() / 3);
-            self.0.encode_ordinary(&text, &mut Scratch::default(), &mut ids)?;
-            Ok(ids)
-        };
-        Ok(maybe_detach(py, text.len(), encode)?)
+        self.inner.with_scratch(|scratch| {
+            let mut ids = scratch.take_ids();
+            maybe_detach(py, text.len(), || self.inner.encode_ordinary(&text, scratch, &mut ids))?;
+            let result = use_ids(&ids);
+            scratch.give_ids(ids);
+            Ok(result)
+        })
     }
+
+    fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
+        let size = self.inner.vocab_size() as usize;
+        if self.listed.fetch_add(ids.len(), Ordering::Relaxed) < size {
+            return PyList::new(py, ids);
+        }
+        let make = || (0..size).map(|id| Ok(id.into_pyobject(py)?.unbind())).collect::<PyResult<Vec<_>>>();
+        let integers = self.integers.get_or_try_init(py, make)?;
+        PyList::new(py, ids.iter().map(|&id| integers[id as usize].bind_borrowed(py)))
+    }
+}
+
+/// The parts, joined, as a numpy array of `dtype`, which is theirs. A bytearray lies under it, so it is writable.
+fn array_of<'py, T: Copy>(py: Python<'py>, parts: &[&[T]], dtype: &str) -> PyResult<Bound<'py, PyAny>> {
+    static FROM_BUFFER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let from_buffer =
+        FROM_BUFFER.get_or_try_init(py, || Ok::<_, PyErr>(py.import("numpy")?.getattr("frombuffer")?.unbind()))?;
+    let bytes: usize = parts.iter().map(|part| size_of_val(*part)).sum();
+    let buffer = PyByteArray::new_with(py, bytes, |mut rest| {
+        for part in parts {
+            // SAFETY: `T` is u32 or i64, which have no padding, so their memory is initialised bytes.
+            let raw = unsafe { std::slice::from_raw_parts(part.as_ptr().cast::<u8>(), size_of_val(*part)) };
+            let (own, others) = rest.split_at_mut(raw.len());
+            own.copy_from_slice(raw);
+            rest = others;
+        }
+        Ok(())
+    })?;
+    from_buffer.bind(py).call1((buffer, dtype))
 }
 
 fn rank_of(rank: &Bound<'_, PyAny>, argument: &str, key: &Bound<'_, PyAny>) -> PyResult<u32> {
@@ -358,6 +476,7 @@ impl Progress {
 }
 
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the arguments of Python's `train`, which names them")]
 fn _train(
     texts: &Bound<'_, PyAny>,
     vocab_size: i64,
@@ -365,6 +484,7 @@ fn _train(
     special_tokens: &Bound<'_, PyAny>,
     min_frequency: i64,
     threads: Option<usize>,
+    tie_break: &str,
     on_progress: Option<Py<PyAny>>,
 ) -> PyResult<PyEncoding> {
     let py = texts.py();
@@ -373,7 +493,12 @@ fn _train(
     check_sizes(size, specials.len(), min_frequency)?;
     check_names(specials.iter().map(String::as_str))?;
     let pattern = Pattern::new(pattern)?;
-    let mut trainer = Trainer::new(pattern.clone(), threads_of(threads)?);
+    let tie_break = match tie_break {
+        "bytes" => TieBreak::Bytes,
+        "hf" => TieBreak::HuggingFace,
+        _ => return Err(PyValueError::new_err(format!("tie_break: {tie_break:?} should be \"bytes\" or \"hf\""))),
+    };
+    let mut trainer = Trainer::new(pattern.clone(), threads_of(threads)?).with_tie_break(tie_break);
     let mut progress = Progress { function: on_progress, last: Instant::now() };
 
     let mut batch: Vec<PyBackedStr> = Vec::new();
@@ -411,10 +536,10 @@ fn _train(
         return Err(error);
     }
     let merges = learned?;
-    let bytes: Vec<u8> = (0..=255).collect();
+    let bytes = tie_break.bytes();
     let first_special = 256 + merges.len() as u32;
     let specials = specials.into_iter().zip(first_special..).collect();
-    Ok(PyEncoding(Encoding::new(Vocab::from_merges(&bytes, &merges)?, pattern, specials)?))
+    Ok(Encoding::new(Vocab::from_merges(&bytes, &merges)?, pattern, specials)?.into())
 }
 
 #[pymodule(gil_used = false)]

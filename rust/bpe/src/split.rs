@@ -8,6 +8,7 @@ use fancy_regex::Regex;
 
 use crate::classes::{self, LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER};
 use crate::error::{Error, Result};
+use crate::runs::letters;
 
 const GHOSTVIS: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
@@ -21,6 +22,25 @@ const O200K: &str = concat!(
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 );
 
+/// What `tokenizer.json` files of cl100k have: three digits, and newlines before blanks at the end of a text as well.
+const CL100K_HF: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The presets in words that Oniguruma, the engine of Hugging Face's `tokenizers`, takes to mean the same: there
+/// `{1,3}+` is a nested repetition, and `$` is the end of a line. The first of a preset is what we write.
+const HF_FORMS: [(&str, &str); 5] = [
+    (
+        "ghostvis",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    ("gpt2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    (
+        "cl100k",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    ("qwen2", QWEN2),
+    ("o200k", O200K),
+];
+
 /// Names of the patterns that are scanned by hand, each with the regex it stands for.
 pub const PRESETS: [(&str, &str); 5] =
     [("ghostvis", GHOSTVIS), ("gpt2", GPT2), ("cl100k", CL100K), ("qwen2", QWEN2), ("o200k", O200K)];
@@ -30,6 +50,7 @@ enum Engine {
     Ghostvis,
     Gpt2,
     Cl100k,
+    Cl100kHf,
     Qwen2,
     O200k,
     Custom(Box<Regex>),
@@ -46,7 +67,12 @@ impl Pattern {
     /// From the name of a preset or a regular expression; the text of a preset's regex is that preset.
     pub fn new(name_or_regex: &str) -> Result<Self> {
         let preset = PRESETS.iter().find(|(name, regex)| *name == name_or_regex || *regex == name_or_regex);
-        let Some((name, regex)) = preset else { return Self::custom(name_or_regex) };
+        let Some((name, regex)) = preset else {
+            if name_or_regex == CL100K_HF {
+                return Ok(Self { regex: CL100K_HF.to_string(), engine: Engine::Cl100kHf });
+            }
+            return Self::custom(name_or_regex);
+        };
         let engine = match *name {
             "ghostvis" => Engine::Ghostvis,
             "gpt2" => Engine::Gpt2,
@@ -70,18 +96,55 @@ impl Pattern {
         }
     }
 
+    /// From the regular expression of a `tokenizer.json`; one that means a preset becomes that preset.
+    pub fn from_hf(regex: &str) -> Result<Self> {
+        if let Some((name, _)) = HF_FORMS.iter().find(|(_, form)| *form == regex) {
+            return Self::new(name);
+        }
+        let pattern = Self::new(regex)?;
+        pattern.check_portable()?;
+        Ok(pattern)
+    }
+
+    /// The regular expression for a `tokenizer.json`. Refuses one that Oniguruma would read differently.
+    pub fn to_hf(&self) -> Result<&str> {
+        if let Some((name, _)) = PRESETS.iter().find(|(_, regex)| *regex == self.regex) {
+            return Ok(HF_FORMS.iter().find(|(preset, _)| preset == name).expect("every preset has a form").1);
+        }
+        self.check_portable()?;
+        Ok(&self.regex)
+    }
+
+    fn check_portable(&self) -> Result<()> {
+        if !matches!(self.engine, Engine::Custom(_)) {
+            return Ok(());
+        }
+        let bare = self.regex.replace("[^", "[").replace("(?:", "(");
+        let differs = ["}+", "$", "^", r"\h", r"\Z", r"\K", r"\G", r"\R", r"\X"];
+        match differs.iter().find(|part| bare.contains(**part)) {
+            None => Ok(()),
+            Some(part) => Error::value(format!(
+                "pattern: {:?} has {part}, which tokenizers' engine (Oniguruma) reads differently from ours. Write the \
+                 pattern without it",
+                self.regex
+            )),
+        }
+    }
+
     /// The regular expression, also of a preset.
     pub fn regex(&self) -> &str {
         &self.regex
     }
 
-    /// Calls `each` with the pieces of `text` in order; together they are the text.
-    pub fn split<'t>(&self, text: &'t str, each: impl FnMut(&'t [u8])) -> Result<()> {
+    /// Calls `each` with the start and end of each piece of `text` in order; together they are the text.
+    #[inline]
+    pub fn split(&self, text: &str, each: impl FnMut(usize, usize)) -> Result<()> {
         let scanner = Scanner { bits: classes::bits(), text: text.as_bytes() };
         match &self.engine {
             Engine::Ghostvis => scanner.all(Scanner::gpt4::<2, false>, each),
             Engine::Gpt2 => scanner.all(Scanner::gpt2, each),
             Engine::Cl100k => scanner.all(Scanner::gpt4::<3, true>, each),
+            Engine::Cl100kHf => scanner.all(Scanner::gpt4::<3, false>, each),
             Engine::Qwen2 => scanner.all(Scanner::gpt4::<1, false>, each),
             Engine::O200k => scanner.all(Scanner::o200k, each),
             Engine::Custom(regex) => return split_with(regex, text, each),
@@ -90,7 +153,7 @@ impl Pattern {
     }
 }
 
-fn split_with<'t>(regex: &Regex, text: &'t str, mut each: impl FnMut(&'t [u8])) -> Result<()> {
+fn split_with(regex: &Regex, text: &str, mut each: impl FnMut(usize, usize)) -> Result<()> {
     let mut done = 0;
     for found in regex.find_iter(text) {
         let found = match found {
@@ -103,15 +166,15 @@ fn split_with<'t>(regex: &Regex, text: &'t str, mut each: impl FnMut(&'t [u8])) 
             }
         };
         if found.start() > done {
-            each(&text.as_bytes()[done..found.start()]);
+            each(done, found.start());
         }
         if found.end() > found.start() {
-            each(&text.as_bytes()[found.start()..found.end()]);
+            each(found.start(), found.end());
         }
         done = found.end();
     }
     if done < text.len() {
-        each(&text.as_bytes()[done..]);
+        each(done, text.len());
     }
     Ok(())
 }
@@ -123,13 +186,13 @@ struct Scanner<'t> {
     text: &'t [u8],
 }
 
-impl<'t> Scanner<'t> {
+impl Scanner<'_> {
     #[inline(always)]
-    fn all(self, next: impl Fn(&Self, usize) -> usize, mut each: impl FnMut(&'t [u8])) {
+    fn all(self, next: impl Fn(&Self, usize) -> usize, mut each: impl FnMut(usize, usize)) {
         let mut start = 0;
         while start < self.text.len() {
             let end = next(&self, start);
-            each(&self.text[start..end]);
+            each(start, end);
             start = end;
         }
     }
@@ -177,6 +240,33 @@ impl<'t> Scanner<'t> {
                 return i;
             }
             i += len;
+        }
+    }
+
+    /// End of the run of letters from `i`.
+    #[inline(always)]
+    fn letters(&self, mut i: usize) -> usize {
+        loop {
+            let Some(block) = self.text[i..].first_chunk::<16>() else { return self.run(i, LETTER) };
+            let run = (!letters(block)).trailing_zeros() as usize;
+            i += run;
+            if run < 16 {
+                if block[run] < 0x80 {
+                    return i;
+                }
+                // A letter beyond ASCII seldom stands alone.
+                let from = i;
+                while let Some(&lead) = self.text.get(i)
+                    && lead >= 0x80
+                {
+                    let (class, len) = self.class_wide(lead as usize, i);
+                    if class & LETTER == 0 {
+                        return i;
+                    }
+                    i += len;
+                }
+                debug_assert!(i > from);
+            }
         }
     }
 
@@ -242,7 +332,7 @@ impl<'t> Scanner<'t> {
         let body = if self.text[start] == b' ' { start + 1 } else { start };
         let (class, len) = self.class(body);
         if class & LETTER != 0 {
-            self.run(body + len, LETTER)
+            self.letters(body + len)
         } else if class & NUMBER != 0 {
             self.run(body + len, NUMBER)
         } else if len > 0 && class & SPACE == 0 {
@@ -257,20 +347,17 @@ impl<'t> Scanner<'t> {
     fn gpt4<const DIGITS: usize, const END_FIRST: bool>(&self, start: usize) -> usize {
         let (class, len) = self.class(start);
         if class & LETTER != 0 {
-            return self.run(start + len, LETTER);
+            return self.letters(start + len);
         }
-        if class & NUMBER != 0 {
-            return self.digits(start, DIGITS);
-        }
-        let contraction = self.contraction(start, true);
-        if contraction > start {
-            return contraction;
-        }
-        if class & NEWLINE == 0 {
-            let word = self.run(start + len, LETTER);
-            if word > start + len {
-                return word;
+        let next = start + len;
+        if class & (NUMBER | NEWLINE) == 0 {
+            let (after, after_len) = self.class(next);
+            if after & LETTER != 0 {
+                let contraction = self.contraction(start, true);
+                return if contraction > start { contraction } else { self.letters(next + after_len) };
             }
+        } else if class & NUMBER != 0 {
+            return self.digits(start, DIGITS);
         }
         let signs = self.signs(start);
         if signs > start { self.run(signs, NEWLINE) } else { self.blanks(start, true, END_FIRST) }

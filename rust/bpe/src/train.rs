@@ -3,6 +3,7 @@
 //! The result is a function of the text alone: ties go to the smallest (left id, right id), counts are 64-bit, and
 //! neither the number of threads nor the order of the texts matters.
 
+use std::sync::OnceLock;
 use std::thread;
 
 use crate::count::PieceCounts;
@@ -13,15 +14,45 @@ use crate::split::Pattern;
 /// Ids are u32 and every merge costs memory; no tokenizer in use is near this.
 pub const MAX_VOCAB_SIZE: usize = 1 << 24;
 
+/// How bytes are numbered, which decides between pairs of equal count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TieBreak {
+    /// A byte is its own id, as in rustbpe.
+    #[default]
+    Bytes,
+    /// As Hugging Face's trainer numbers them: `!` is 0.
+    HuggingFace,
+}
+
+impl TieBreak {
+    /// The byte of each of the first 256 ids.
+    pub fn bytes(self) -> [u8; 256] {
+        match self {
+            TieBreak::Bytes => std::array::from_fn(|i| i as u8),
+            TieBreak::HuggingFace => crate::hf::byte_order(),
+        }
+    }
+}
+
 /// Collects the pieces of a corpus in one table per thread.
 pub struct Trainer {
     pattern: Pattern,
+    tie_break: TieBreak,
     tables: Vec<PieceCounts>,
 }
 
 impl Trainer {
     pub fn new(pattern: Pattern, threads: usize) -> Self {
-        Self { pattern, tables: (0..threads.max(1)).map(|_| PieceCounts::default()).collect() }
+        Self {
+            pattern,
+            tie_break: TieBreak::default(),
+            tables: (0..threads.max(1)).map(|_| PieceCounts::default()).collect(),
+        }
+    }
+
+    pub fn with_tie_break(mut self, tie_break: TieBreak) -> Self {
+        self.tie_break = tie_break;
+        self
     }
 
     /// Counts the pieces of `texts`, each a document of its own.
@@ -29,13 +60,11 @@ impl Trainer {
         let pattern = &self.pattern;
         let shares = split_by_bytes(texts, self.tables.len());
         let work = |table: &mut PieceCounts, share: &[S]| -> Result<()> {
-            // A piece of one byte has no pair to merge.
-            let mut add = |piece: &[u8]| {
-                if piece.len() > 1 {
-                    table.add(piece, 1)
-                }
-            };
-            share.iter().try_for_each(|text| pattern.split(text.as_ref(), &mut add))?;
+            for text in share {
+                let bytes = text.as_ref().as_bytes();
+                pattern.split(text.as_ref(), |start, end| table.push(bytes, start, end - start))?;
+                table.flush(bytes);
+            }
             check_room(table)
         };
         thread::scope(|scope| {
@@ -53,7 +82,7 @@ impl Trainer {
         })
     }
 
-    /// Learns at most `merges` merges, as pairs of ids: a byte is its own id, merge `i` makes id `256 + i`.
+    /// Learns at most `merges` merges, as pairs of ids: the first 256 are `TieBreak::bytes`, merge `i` makes id `256 + i`.
     ///
     /// Stops early when no pair occurs `min_frequency` times. `progress` gets the number of merges done, now and
     /// then, and stops the training by returning an error.
@@ -68,7 +97,7 @@ impl Trainer {
         for table in tables {
             pieces.merge(&table);
         }
-        let mut merger = Merger::new(pieces, min_frequency)?;
+        let mut merger = Merger::new(pieces, &self.tie_break.bytes(), min_frequency, merges)?;
         let mut learned = Vec::new();
         while learned.len() < merges {
             if learned.len() % 64 == 0 {
@@ -112,7 +141,9 @@ pub fn split_by_bytes<S: AsRef<str>>(texts: &[S], shares: usize) -> Vec<&[S]> {
 
 /// The threads that `None` stands for.
 pub fn all_cores() -> usize {
-    thread::available_parallelism().map_or(1, usize::from)
+    // Asked once: the answer takes 30 us, as it reads the limits of the control group.
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
 }
 
 pub fn check_sizes(vocab_size: usize, special_tokens: usize, min_frequency: i64) -> Result<()> {

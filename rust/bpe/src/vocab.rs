@@ -3,8 +3,13 @@
 //! Merging follows ranks as tiktoken does: the id is the rank, and any two neighbours whose bytes together are a
 //! token may merge. So the pair table holds every split of every token into two tokens.
 
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use hashbrown::{HashMap, HashSet, HashTable};
 use rustc_hash::FxBuildHasher;
+
+use crate::backtrack::Prefixes;
 
 use crate::count::hash_bytes;
 use crate::error::{Error, Result};
@@ -26,7 +31,13 @@ pub struct Vocab {
     pairs: HashMap<u64, u32, FxBuildHasher>,
     /// Bytes of the longest token.
     longest: usize,
+    /// Made when the first long piece comes.
+    prefixes: OnceLock<Option<Prefixes>>,
+    instance: u64,
 }
+
+/// The next number of `instance`; zero belongs to nobody.
+static INSTANCES: AtomicU64 = AtomicU64::new(1);
 
 #[inline(always)]
 fn pair_key(left: u32, right: u32) -> u64 {
@@ -52,6 +63,8 @@ impl Vocab {
             byte_pairs: Vec::new(),
             pairs: HashMap::default(),
             longest: usize::MAX,
+            prefixes: OnceLock::new(),
+            instance: INSTANCES.fetch_add(1, Ordering::Relaxed),
         };
         for (bytes, id) in sorted {
             vocab.push(bytes, id)?;
@@ -160,6 +173,16 @@ impl Vocab {
         if start == end { None } else { Some(&self.arena[start..end]) }
     }
 
+    /// Sixteen bytes of which the first are those of a token of at most sixteen, and how many. `None` for a longer
+    /// token, one at the end of the memory of tokens, and an id without a token.
+    #[inline]
+    pub fn block(&self, id: u32) -> Option<(&[u8; 16], usize)> {
+        let end = *self.offsets.get(id as usize + 1)?;
+        let start = self.offsets[id as usize];
+        let block = self.arena.get(start..start + 16)?.try_into().expect("the range has 16 bytes");
+        if (1..=16).contains(&(end - start)) { Some((block, end - start)) } else { None }
+    }
+
     #[inline]
     pub fn id(&self, bytes: &[u8]) -> Option<u32> {
         if bytes.len() > self.longest {
@@ -168,6 +191,16 @@ impl Vocab {
         let end = |id: u32| self.offsets.get(id as usize + 1).copied().unwrap_or(self.arena.len());
         let same = |&id: &u32| &self.arena[self.offsets[id as usize]..end(id)] == bytes;
         self.by_bytes.find(hash_bytes(bytes), same).copied()
+    }
+
+    /// What finds the ids of long pieces; `None` where a token is not made of two earlier ones.
+    pub fn prefixes(&self) -> Option<&Prefixes> {
+        self.prefixes.get_or_init(|| Prefixes::new(self)).as_ref()
+    }
+
+    /// A number that no other vocabulary of this process has.
+    pub fn instance(&self) -> u64 {
+        self.instance
     }
 
     #[inline(always)]

@@ -1,12 +1,13 @@
 """Promises of the Python face: training, encoding, decoding, special tokens, errors."""
 
 import itertools
+import multiprocessing
 import pickle
 import signal
 import threading
 import tomllib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -199,6 +200,55 @@ def test_a_batch_is_each_text_alone_whatever_the_threads(encoding: Encoding) -> 
     assert encoding.encode_batch([]) == []
 
 
+def test_a_batch_goes_out_as_one_array(encoding: Encoding) -> None:
+    texts = [*TEXTS, "", "a"]
+    for threads in (1, 3):
+        ids, offsets = encoding.encode_batch_to_numpy(texts, threads=threads)
+        assert (str(ids.dtype), str(offsets.dtype), offsets[0]) == ("uint32", "int64", 0)
+        parts = [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+        assert parts == [encoding.encode_ordinary(text) for text in texts]
+    ids, offsets = encoding.encode_batch_to_numpy([])
+    assert (len(ids), offsets.tolist()) == (0, [0])
+
+
+@given(st.lists(st.integers(0, 369), max_size=30), st.sampled_from(["replace", "ignore"]))
+def test_a_stream_decodes_to_the_same_text(ids: list[int], errors: str) -> None:
+    encoding = trained()
+    decoder = ghostvis_bpe.StreamDecoder(encoding, errors)  # ty: ignore[invalid-argument-type]
+    for _ in range(2):
+        assert "".join(decoder.stream(ids)) == encoding.decode(ids, errors)  # ty: ignore[invalid-argument-type]
+
+
+def test_a_stream_holds_back_half_a_character(encoding: Encoding) -> None:
+    decoder = ghostvis_bpe.StreamDecoder(encoding)
+    assert [decoder.push(byte) for byte in "é".encode()] == ["", "é"]
+    assert (decoder.push(0xC3), decoder.finish(), decoder.finish()) == ("", "\ufffd", "")
+    with pytest.raises(ValueError, match="no token has id 370"):
+        decoder.push(370)
+
+
+def test_what_was_cached_changes_no_id(encoding: Encoding) -> None:
+    words = [f"{word}{i}{word[::-1]} {'абв' * (i % 9)}" for i in range(3000) for word in ("cat", "thé", "aaaa", "x")]
+    once = [Encoding(encoding.ranks).encode_ordinary(word) for word in words[:200]]
+    for _ in range(2):
+        assert [encoding.encode_ordinary(word) for word in words[:200]] == once
+    text = " ".join(words)  # long enough for the tables that come with many pieces
+    ids = encoding.encode_ordinary(text)
+    assert encoding.encode_ordinary(text) == ids == Encoding(encoding.ranks).encode_ordinary(text)
+    assert encoding.decode(ids) == text
+
+
+def test_encoding_goes_on_in_a_forked_child(encoding: Encoding) -> None:
+    expected = encoding.encode_ordinary(TEXTS[0])
+    encoding.encode_batch(TEXTS, threads=2)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(_ids_in_child, TEXTS).result(timeout=60)[0] == expected
+
+
+def _ids_in_child(texts: list[str]) -> list[list[int]]:
+    return trained().encode_batch(texts, threads=2)
+
+
 def test_threads_share_an_encoding(encoding: Encoding) -> None:
     expected = [encoding.encode_ordinary(text * 50) for text in TEXTS]
     with ThreadPoolExecutor(4) as pool:
@@ -253,6 +303,7 @@ def test_wrong_ids_are_named(encoding: Encoding, ids: list[object], error: type[
         ({"vocab_size": 300, "pattern": "gpt9"}, "not a known name"),
         ({"vocab_size": 300, "min_frequency": 0}, "min_frequency"),
         ({"vocab_size": 300, "threads": 0}, "threads"),
+        ({"vocab_size": 300, "tie_break": "first"}, "tie_break"),
         ({"vocab_size": 300, "special_tokens": ["a", "a"]}, r"special_tokens\[1\]: \"a\" is given twice"),
         ({"vocab_size": 300, "special_tokens": [""]}, r"special_tokens\[0\]: the name is empty"),
     ],

@@ -118,3 +118,11 @@ def test_a_vocabulary_that_is_not_merges_encodes_but_does_not_save(encoding: Enc
     with pytest.raises(ValueError, match="cannot be written"):
         edited.save(tmp_path / "t.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tiktoken_file_gives_the_ranks_back(encoding: Encoding, tmp_path: Path) -> None:
+    path = tmp_path / "x.tiktoken"
+    encoding.save_tiktoken(path)
+    assert ghostvis_bpe.from_tiktoken(path, "ghostvis", encoding.special_tokens) == encoding
+    with pytest.raises(FileNotFoundError):
+        encoding.save_tiktoken(tmp_path / "missing" / "x.tiktoken")

@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from ghostvis_bpe._native import PATTERNS, Encoding, _train
+from ghostvis_bpe.stream import StreamDecoder
 
-__all__ = ["PATTERNS", "Encoding", "from_tiktoken", "train"]
+__all__ = ["PATTERNS", "Encoding", "StreamDecoder", "from_hf", "from_tiktoken", "train"]
 
 _BLOCK_CHARACTERS = 1 << 20
 
@@ -29,6 +31,7 @@ def train(
     *,
     min_frequency: int = 1,
     threads: int | None = None,
+    tie_break: Literal["bytes", "hf"] = "bytes",
     on_progress: Callable[[str, int, int | None], object] | None = None,
 ) -> Encoding:
     """Learn an encoding from text.
@@ -43,6 +46,8 @@ def train(
         special_tokens: they get the last ids, after the merges, in this order.
         min_frequency: a pair that occurs less often is never merged.
         threads: for counting; None is all cores. The result does not depend on it.
+        tie_break: how bytes are numbered, which decides between pairs of equal count. "bytes": a byte is its own id, as
+            in rustbpe. "hf": in the order of Hugging Face's trainer, whose merges come out ("!" is 0).
         on_progress: called now and then as `("read", bytes, None)` and `("merge", merges, total)`; what it raises ends
             the training, as Ctrl-C does.
 
@@ -55,7 +60,9 @@ def train(
     if isinstance(texts, str):
         raise TypeError("texts: expected an iterable of str or paths, found one str; write [text] or Path(file)")
     sources = [texts] if isinstance(texts, os.PathLike) else texts
-    encoding = _train(_documents(sources), vocab_size, pattern, special_tokens, min_frequency, threads, on_progress)
+    encoding = _train(
+        _documents(sources), vocab_size, pattern, special_tokens, min_frequency, threads, tie_break, on_progress
+    )
     if encoding.vocab_size < vocab_size:
         warnings.warn(
             f"the text has pairs for a vocabulary of {encoding.vocab_size}, {vocab_size} was asked for", stacklevel=2
@@ -83,6 +90,20 @@ def from_tiktoken(
     if isinstance(ranks, (str, os.PathLike)):
         return Encoding._from_rank_file(ranks, pattern, specials)
     return Encoding(dict(ranks), pattern, specials)
+
+
+def from_hf(path: str | os.PathLike[str]) -> Encoding:
+    """An encoding with the ids of a byte-level BPE in Hugging Face's `tokenizer.json` (GPT-2, Qwen2.5).
+
+    All its added tokens become special tokens, which `encode_ordinary` never makes; NFC is kept as the normalizer.
+    Truncation, padding and the post-processor are not read.
+
+    Raises:
+        ValueError: the file is damaged, or has what could change an id and is not known here: another model,
+            normalizer or pre-tokenizer, added tokens that take blanks with them, ids not in the order of the merges.
+        OSError: the file cannot be read.
+    """
+    return Encoding._load_hf(path)
 
 
 def _documents(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:

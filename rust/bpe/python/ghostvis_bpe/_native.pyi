@@ -16,9 +16,15 @@ class Encoding:
     """
 
     def __new__(
-        cls, ranks: Mapping[bytes, int], pattern: str = "ghostvis", special_tokens: Mapping[str, int] | None = None
+        cls,
+        ranks: Mapping[bytes, int],
+        pattern: str = "ghostvis",
+        special_tokens: Mapping[str, int] | None = None,
+        normalizer: Literal["nfc"] | None = None,
     ) -> Encoding:
         """From token bytes and their ids, which are also the ranks of merging. Every single byte must be there.
+
+        normalizer: "nfc" brings text into Unicode's normal form C before it is cut, as Qwen does.
 
         Raises ValueError where a byte is missing, an id is taken, a token is empty or the pattern does not compile.
         """
@@ -40,6 +46,11 @@ class Encoding:
 
     def encode_batch(self, texts: Iterable[str], *, threads: int | None = None) -> list[list[int]]:
         """`encode_ordinary` of each text, on `threads` threads (None: all cores), other Python threads running."""
+
+    def encode_batch_to_numpy(
+        self, texts: Iterable[str], *, threads: int | None = None
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """All ids one after the other, and where each text begins: text `i` is `ids[offsets[i] : offsets[i + 1]]`."""
 
     def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
         """`encode_ordinary` as an array; needs numpy."""
@@ -70,6 +81,10 @@ class Encoding:
         """The split pattern as a regular expression."""
 
     @property
+    def normalizer(self) -> Literal["nfc"] | None:
+        """What is done to text before it is cut."""
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """Name to id, in id order."""
 
@@ -94,6 +109,20 @@ class Encoding:
         Raises OSError where `path` cannot be written, ValueError for a vocabulary not made by merging alone.
         """
 
+    def save_tiktoken(self, path: str | PathLike[str]) -> None:
+        """Write tiktoken's rank file, whole or not at all. Pattern and special tokens have no place in it."""
+
+    def save_hf(self, path: str | PathLike[str]) -> None:
+        """Write a `tokenizer.json` that Hugging Face's `tokenizers` loads with the same ids, whole or not at all.
+
+        There, special tokens typed in a text become their ids unless `encode_special_tokens` is set.
+
+        Raises ValueError for a vocabulary not made by merging alone, for a pattern that Oniguruma reads differently, and
+        for a special token that is written like a token; OSError where `path` cannot be written.
+        """
+
+    @staticmethod
+    def _load_hf(path: str | PathLike[str]) -> Encoding: ...
     @staticmethod
     def load(path: str | PathLike[str]) -> Encoding:
         """Read our JSON file. Raises ValueError where it is damaged or its hash differs, OSError where unreadable."""
@@ -110,5 +139,6 @@ def _train(
     special_tokens: Sequence[str],
     min_frequency: int,
     threads: int | None,
+    tie_break: str,
     on_progress: Callable[[str, int, int | None], object] | None,
 ) -> Encoding: ...

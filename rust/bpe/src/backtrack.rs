@@ -1,0 +1,225 @@
+//! The ids of a long piece from left to right, in time in proportion to its length.
+//!
+//! A sequence of tokens is what merging makes exactly when every two neighbours are what merging makes of their own
+//! bytes. So the longest token that fits is taken, a shorter one where it does not go with the one before, and a step
+//! back where none does; a border that failed is not tried again. (The idea is that of the `bpe` crate of rust-gems;
+//! see also Berglund and van der Merwe 2023, "Formalizing BPE tokenization".)
+
+use crate::encode::Scratch;
+use crate::vocab::{NONE, Vocab};
+
+#[derive(Debug, Clone, Copy)]
+struct Node {
+    /// The children are `first..first + children`.
+    first: u32,
+    children: u32,
+    token: u32,
+}
+
+/// The tokens as a tree of prefixes, and what each is made of.
+#[derive(Debug)]
+pub struct Prefixes {
+    nodes: Vec<Node>,
+    /// The byte that leads into each node; ascending among siblings.
+    labels: Vec<u8>,
+    /// The longest token that begins a token and is shorter.
+    shorter: Vec<u32>,
+    /// The two tokens that were merged last; a single byte is itself twice.
+    halves: Vec<(u32, u32)>,
+    lengths: Vec<u32>,
+}
+
+impl Prefixes {
+    /// `None` where a token is not made of two earlier ones: then neighbours do not tell what merging does.
+    pub fn new(vocab: &Vocab) -> Option<Self> {
+        let halves = halves(vocab)?;
+        let mut sorted: Vec<(&[u8], u32)> =
+            (0..vocab.id_bound()).filter_map(|id| vocab.bytes(id).map(|b| (b, id))).collect();
+        sorted.sort_unstable();
+        let bound = vocab.id_bound() as usize;
+        let mut tree = Self {
+            nodes: vec![Node { first: 0, children: 0, token: NONE }],
+            labels: vec![0],
+            shorter: vec![NONE; bound],
+            halves,
+            lengths: (0..vocab.id_bound()).map(|id| vocab.bytes(id).map_or(0, |b| b.len() as u32)).collect(),
+        };
+        // Breadth first, so that siblings are neighbours: (node, its tokens, depth, longest token so far).
+        let mut queue = std::collections::VecDeque::from([(0usize, 0..sorted.len(), 0usize, NONE)]);
+        while let Some((node, range, depth, longest)) = queue.pop_front() {
+            tree.nodes[node].first = tree.nodes.len() as u32;
+            let mut at = range.start;
+            while at < range.end {
+                let label = sorted[at].0[depth];
+                let end = at + sorted[at..range.end].partition_point(|(bytes, _)| bytes[depth] == label);
+                let child = tree.nodes.len();
+                let (mut token, mut inner, mut longest) = (NONE, at, longest);
+                if sorted[at].0.len() == depth + 1 {
+                    token = sorted[at].1;
+                    tree.shorter[token as usize] = longest;
+                    longest = token;
+                    inner += 1;
+                }
+                tree.nodes.push(Node { first: 0, children: 0, token });
+                tree.labels.push(label);
+                tree.nodes[node].children += 1;
+                if inner < end {
+                    queue.push_back((child, inner..end, depth + 1, longest));
+                }
+                at = end;
+            }
+        }
+        Some(tree)
+    }
+
+    /// The longest token that `text` begins with; there is one, as every byte is a token.
+    fn longest(&self, text: &[u8]) -> u32 {
+        let (mut node, mut found) = (self.nodes[0], NONE);
+        for &byte in text {
+            let first = node.first as usize;
+            let labels = &self.labels[first..first + node.children as usize];
+            let child = match labels.len() {
+                256 => byte as usize,
+                0..=12 => match labels.iter().position(|&label| label == byte) {
+                    Some(at) => at,
+                    None => break,
+                },
+                _ => match labels.binary_search(&byte) {
+                    Ok(at) => at,
+                    Err(_) => break,
+                },
+            };
+            node = self.nodes[first + child];
+            if node.token != NONE {
+                found = node.token;
+            }
+        }
+        found
+    }
+
+    /// Whether merging the bytes of both tokens gives these two tokens again: nothing across the border may merge
+    /// before what both are made of. Takes both apart from the last merge on, the later one first.
+    fn go_together(&self, vocab: &Vocab, mut left: u32, mut right: u32) -> bool {
+        let mut limit = NONE; // a merge across the border counts only if it comes before this
+        loop {
+            let joined = vocab.pair(left, right);
+            if joined < limit {
+                return false;
+            }
+            // Of equal tokens the left one was merged first, so the right one comes apart first.
+            if left > right {
+                let inner = self.halves[left as usize].1;
+                if inner == left {
+                    return true;
+                }
+                (limit, left) = (left, inner);
+            } else {
+                let inner = self.halves[right as usize].0;
+                if inner == right {
+                    // `right` is a single byte and `left`, which is no later, may yet come apart.
+                    let inner = self.halves[left as usize].1;
+                    if inner == left {
+                        return true;
+                    }
+                    (limit, left) = (left, inner);
+                } else {
+                    (limit, right) = (right + 1, inner);
+                }
+            }
+        }
+    }
+
+    /// Appends the ids of `piece`. `failed` is lent for its memory.
+    pub fn encode(&self, vocab: &Vocab, piece: &[u8], failed: &mut Vec<u64>, out: &mut Vec<u32>) {
+        failed.clear();
+        failed.resize(piece.len() / 64 + 1, 0);
+        let base = out.len();
+        let mut at = 0;
+        let mut token = self.longest(piece);
+        loop {
+            let end = at + self.lengths[token as usize] as usize;
+            let before = if out.len() > base { out[out.len() - 1] } else { NONE };
+            let fits =
+                failed[end / 64] >> (end % 64) & 1 == 0 && (before == NONE || self.go_together(vocab, before, token));
+            if fits {
+                out.push(token);
+                at = end;
+                if at == piece.len() {
+                    return;
+                }
+                token = self.longest(&piece[at..]);
+                continue;
+            }
+            token = self.shorter[token as usize];
+            while token == NONE {
+                // No token goes on from here: this border is wrong, so the token before it was.
+                failed[at / 64] |= 1 << (at % 64);
+                let last = out.pop().expect("some sequence of tokens is what merging makes");
+                at -= self.lengths[last as usize] as usize;
+                token = self.shorter[last as usize];
+            }
+        }
+    }
+}
+
+/// What each token was merged from, and proof that merging makes every token of its bytes.
+fn halves(vocab: &Vocab) -> Option<Vec<(u32, u32)>> {
+    let mut scratch = Scratch::default();
+    let mut parts = Vec::new();
+    let mut halves = Vec::with_capacity(vocab.id_bound() as usize);
+    for id in 0..vocab.id_bound() {
+        let Some(token) = vocab.bytes(id) else {
+            halves.push((id, id));
+            continue;
+        };
+        if token.len() == 1 {
+            halves.push((id, id));
+            continue;
+        }
+        parts.clear();
+        scratch.set_limit(id);
+        scratch.merge(vocab, token, &mut parts);
+        match parts[..] {
+            [left, right] if left < id && right < id => halves.push((left, right)),
+            _ => return None,
+        }
+    }
+    Some(halves)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Pattern, Trainer};
+
+    fn vocab() -> Vocab {
+        let mut trainer = Trainer::new(Pattern::new("ghostvis").unwrap(), 1);
+        trainer
+            .feed(&["abcab abba bcbcbc aaaa aaaaaaa cabbac ababab aabbcc cacaca bbbbb acbacb abcabcabc".repeat(3)])
+            .unwrap();
+        let merges = trainer.finish(60, 1, |_| Ok(())).unwrap();
+        Vocab::from_merges(&std::array::from_fn::<u8, 256, _>(|i| i as u8), &merges).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn left_to_right_gives_what_merging_gives(piece in prop_oneof!["[abc]{1,12}", "[abc]{1,300}", "a{1,300}", "[ab]{1,200}"]) {
+            let vocab = vocab();
+            let (mut fast, mut slow) = (Vec::new(), Vec::new());
+            Prefixes::new(&vocab).unwrap().encode(&vocab, piece.as_bytes(), &mut Vec::new(), &mut fast);
+            Scratch::default().merge(&vocab, piece.as_bytes(), &mut slow);
+            prop_assert_eq!(fast, slow);
+        }
+    }
+
+    #[test]
+    fn a_vocabulary_that_merging_did_not_make_has_no_prefixes() {
+        let mut tokens: Vec<(Vec<u8>, u32)> = (0..=255u8).map(|b| (vec![b], u32::from(b))).collect();
+        tokens.push((b"abc".to_vec(), 256));
+        assert!(Prefixes::new(&Vocab::new(&tokens).unwrap()).is_none());
+    }
+}
