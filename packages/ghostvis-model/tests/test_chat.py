@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -496,3 +497,11 @@ def test_show_takes_any_conversation_and_lets_no_control_character_through(messa
 def test_rendering_imports_neither_torch_nor_numpy():
     code = "import sys, ghostvis_model.chat; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2)), b"\x00", 0])
+def test_any_object_can_be_an_image_reference(image):
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+    assert render_for_completion(messages, NEW, 2).images[0] is image
+    answered = render([*messages, {"role": "assistant", "content": "a"}], NEW, 2)
+    assert answered.images[0] is image

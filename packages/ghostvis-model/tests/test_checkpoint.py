@@ -135,3 +135,20 @@ def test_from_pretrained_takes_a_step_a_run_and_refuses_a_stranger(saved, tmp_pa
         GhostVis.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="neither a checkpoint's folder nor a hub id"):
         GhostVis.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_hugging_face_folder_where_a_checkpoint_is_needed_is_told_how_to_become_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="ghostvis_model import"):
+        checkpoint.read_meta(tmp_path)
+
+
+def test_loading_for_inference_draws_no_random_numbers_and_gives_the_same_model(model, saved):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    trained = checkpoint.load(saved).model
+    assert not torch.equal(torch.rand(3), expected)  # a phase that goes on from here keeps the numbers it always had
+    fast = checkpoint.load(saved, for_inference=True).model
+    assert not any(parameter.is_meta for parameter in fast.parameters())
+    assert torch.equal(logits(fast.eval()), logits(trained.eval()))

@@ -1,12 +1,15 @@
 """Answers: batched and cached equals one by one and from scratch; bad input leaves the model able to go on."""
 
+import copy
+
 import pytest
 import torch
 from PIL import Image
 
 from ghostvis_model.chat import RenderError, render_for_completion
-from ghostvis_model.generation import ContextOverflow, chat_prompt, decode, generate, read_prompt
+from ghostvis_model.generation import ContextOverflow, chat_prompt, generate, read_prompt
 from ghostvis_model.images import ImageError
+from ghostvis_model.sampling import SamplingError
 
 
 def picture(seed):
@@ -87,8 +90,8 @@ def test_an_answer_ends_where_the_context_does(model):
     with torch.no_grad():
         model.decoder.lm_head.weight[[model.tokenizer.assistant_end, model.tokenizer.bos]] = 0
         model.decoder.lm_head.weight[5] += 1
-    steps = list(decode(model, [prompt], max_tokens=10_000))
-    assert len(prompt.ids) + len(steps) <= context
+    (answer,) = generate(model, [prompt], max_tokens=10_000)
+    assert len(prompt.ids) + len(answer) == context
 
 
 def test_streamed_pieces_are_the_answer(model):
@@ -109,4 +112,21 @@ def test_bad_requests_are_clear_and_the_model_goes_on(model, tmp_path):
         model.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
     with pytest.raises(ValueError, match="put them into the messages"):
         model.chat(conversations()[1], images=[picture(1)])
+    with pytest.raises(SamplingError, match="top_p is 0"):
+        model.chat("What is it?", top_p=0)
     assert isinstance(model.chat("Fine?", max_tokens=3), str)
+
+
+def test_a_stream_that_is_left_early_leaves_the_engine_idle(model):
+    pieces = model.chat("Go on", max_tokens=50, temperature=1.0, seed=1, stream=True)
+    next(pieces)
+    pieces.close()
+    model.engine.run()
+    assert not model.engine.busy
+
+
+def test_a_copy_of_a_model_has_an_engine_of_its_own(model):
+    model.chat("Hello", max_tokens=3)
+    twin = copy.deepcopy(model)
+    assert twin.engine is not model.engine
+    assert twin.chat("Hello", max_tokens=5) == model.chat("Hello", max_tokens=5)

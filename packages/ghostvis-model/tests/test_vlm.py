@@ -5,7 +5,7 @@ import torch
 
 from ghostvis_model.chat import RenderError
 from ghostvis_model.config import get_vlm_config
-from ghostvis_model.decoder import KVCache
+from ghostvis_model.kv_cache import KVCache
 from ghostvis_model.vlm import GhostVis
 
 N = 9  # tokens of an image in these tests

@@ -37,9 +37,10 @@ Decided here, and tested:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
+from ghostvis_model.chat_turns import SYSTEM_TOKENS, ChatTokenizer, Pieces, Writer, writer_for
 from ghostvis_model.chat_view import show
 from ghostvis_model.conversation import Record, RenderError, Turn, read_turns
 
@@ -71,30 +72,7 @@ SPECIAL_TOKENS = (
 )
 """In the order of their ids. New names go to the end, so that no id ever moves."""
 
-SYSTEM_TOKENS = ("<|system_start|>", "<|system_end|>")
-
 _START = "<|assistant_start|>"
-
-
-class ChatTokenizer(Protocol):
-    """What rendering and showing need of a tokenizer."""
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Name to id of each special token that this tokenizer has."""
-        ...
-
-    def special(self, name: str) -> int:
-        """The id of a special token; an error that names it where there is none."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never a special id. Any string must work, half a surrogate pair included."""
-        ...
-
-    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """The text of ids; special tokens left out unless asked for."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -135,9 +113,9 @@ def render(
     record = Record(sample_id)
     turns = read_turns(messages, record, for_training=True)
     _check_limits(tokens_per_image, max_tokens)
-    context, turns = _frame(turns, tokenizer, tokens_per_image, record)
+    context, turns = _frame(turns, writer_for(tokenizer, tokens_per_image, record))
     pairs = [turns[i : i + 2] for i in range(0, len(turns), 2)]
-    out = _Pieces()
+    out = Pieces()
     out.extend(context)
     kept = 0
     for question, answer in pairs:
@@ -147,7 +125,7 @@ def render(
         out.extend(answer)
         kept += 1
     if kept > 0 or max_tokens is None:
-        return out.rendered(dropped_turns=2 * (len(pairs) - kept))
+        return _rendered(out, dropped_turns=2 * (len(pairs) - kept))
     question, answer = pairs[0]
     out.extend(question)
     asked = len(out.ids)
@@ -163,7 +141,7 @@ def render(
             likely="a long document in the question, or more images than the context has room for",
         )
     del out.ids[end:], out.mask[end:]
-    return out.rendered(dropped_turns=2 * (len(pairs) - 1), answer_cut=True)
+    return _rendered(out, dropped_turns=2 * (len(pairs) - 1), answer_cut=True)
 
 
 def render_for_completion(
@@ -183,12 +161,13 @@ def render_for_completion(
     record = Record(sample_id)
     turns = read_turns(messages, record, for_training=False)
     _check_limits(tokens_per_image, max_tokens)
-    context, turns = _frame(turns, tokenizer, tokens_per_image, record)
-    out = _Pieces()
+    writer = writer_for(tokenizer, tokens_per_image, record)
+    context, turns = _frame(turns, writer)
+    out = Pieces()
     out.extend(context)
     for turn in turns:
         out.extend(turn)
-    out.add([tokenizer.special(_START)], 0)
+    out.add(writer.invite(), 0)
     if max_tokens is not None and len(out.ids) > max_tokens:
         raise record.error(
             f"the conversation takes {len(out.ids)} tokens, the limit is {max_tokens}.",
@@ -197,7 +176,7 @@ def render_for_completion(
             likely="a long chat: leave out its oldest turns, or start a new one",
         )
     out.mask = [0] * len(out.ids)
-    return out.rendered()
+    return _rendered(out)
 
 
 def check_image_count(
@@ -232,67 +211,22 @@ def check_image_count(
     )
 
 
-@dataclass
-class _Pieces:
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    image_starts: list[int] = field(default_factory=list)
-    images: list[Any] = field(default_factory=list)
-
-    def add(self, ids: list[int], trained_on: int) -> None:
-        self.ids += ids
-        self.mask += [trained_on] * len(ids)
-
-    def extend(self, other: _Pieces) -> None:
-        self.image_starts += [len(self.ids) + start for start in other.image_starts]
-        self.images += other.images
-        self.ids += other.ids
-        self.mask += other.mask
-
-    def rendered(self, *, dropped_turns: int = 0, answer_cut: bool = False) -> Rendered:
-        return Rendered(self.ids, self.mask, self.image_starts, self.images, dropped_turns, answer_cut)
+def _rendered(pieces: Pieces, *, dropped_turns: int = 0, answer_cut: bool = False) -> Rendered:
+    return Rendered(pieces.ids, pieces.mask, pieces.image_starts, pieces.images, dropped_turns, answer_cut)
 
 
-def _frame(
-    turns: list[Turn], tokenizer: ChatTokenizer, tokens_per_image: int, record: Record
-) -> tuple[_Pieces, list[_Pieces]]:
+def _frame(turns: list[Turn], writer: Writer) -> tuple[Pieces, list[Pieces]]:
     """What stands before the first question (bos, the system turn), then the pieces of each user and assistant turn."""
-    context = _Pieces()
-    context.add([tokenizer.special("<|bos|>")], 0)
+    context = Pieces()
+    context.add(writer.begin(), 0)
     if turns[0].role == "system":
         system, turns = turns[0], turns[1:]
-        if all(name in tokenizer.special_tokens for name in SYSTEM_TOKENS):
-            context.extend(_write(system, tokenizer, tokens_per_image, record))
+        if writer.has_system_turn:
+            context.extend(writer.write(system))
         else:
             text = "".join(text for _, text in system.parts) + "\n\n"
             turns = [Turn("user", [("text", text), *turns[0].parts]), *turns[1:]]
-    return context, [_write(turn, tokenizer, tokens_per_image, record) for turn in turns]
-
-
-def _write(turn: Turn, tokenizer: ChatTokenizer, tokens_per_image: int, record: Record) -> _Pieces:
-    """The ids and mask of one turn, its start and end tokens included."""
-    answer = int(turn.role == "assistant")
-    out = _Pieces()
-    out.add([tokenizer.special(f"<|{turn.role}_start|>")], 0)
-    for kind, content in turn.parts:
-        if kind == "image":
-            if tokens_per_image == 0:
-                raise record.malformed(
-                    "an image part", "text only: this model has no eyes (0 tokens per image)", "a text-only checkpoint"
-                )
-            out.image_starts.append(len(out.ids))
-            out.images.append(content)
-            out.add([tokenizer.special("<|image|>")] * tokens_per_image, 0)
-            continue
-        ids = tokenizer.encode(content)
-        if kind == "text":
-            out.add(ids, answer)
-        elif kind == "python":
-            out.add([tokenizer.special("<|python_start|>"), *ids, tokenizer.special("<|python_end|>")], 1)
-        else:
-            out.add([tokenizer.special("<|output_start|>"), *ids, tokenizer.special("<|output_end|>")], 0)
-    out.add([tokenizer.special(f"<|{turn.role}_end|>")], answer)
-    return out
+    return context, [writer.write(turn) for turn in turns]
 
 
 def _check_limits(tokens_per_image: int, max_tokens: int | None) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ghostvis_model.chat_turns import IMAGE_TOKENS, ChatTokenizer
+
 if TYPE_CHECKING:
-    from ghostvis_model.chat import ChatTokenizer, Rendered
+    from ghostvis_model.chat import Rendered
 
 
 def show(rendered: Rendered, tokenizer: ChatTokenizer, *, colour: bool = True) -> str:
@@ -27,7 +29,7 @@ def show(rendered: Rendered, tokenizer: ChatTokenizer, *, colour: bool = True) -
         if ids[0] in names:
             text = names[ids[0]] + (f" x {len(ids)}" if len(ids) > 1 else "")
             numbers = str(ids[0])
-            style = "35" if names[ids[0]] == "<|image|>" else "1;32" if trained_on else "1;36"
+            style = "35" if names[ids[0]] in IMAGE_TOKENS else "1;32" if trained_on else "1;36"
         else:
             text = "|".join(_printable(piece) for piece in _characters(ids, tokenizer))
             numbers = " ".join(map(str, ids))
@@ -43,7 +45,7 @@ def _stretches(rendered: Rendered, names: Mapping[int, str]) -> Iterator[tuple[i
         if i < len(rendered.ids):
             before, here = rendered.ids[i - 1], rendered.ids[i]
             both_text = before not in names and here not in names
-            same_run = before == here and names.get(here) == "<|image|>" and i not in runs
+            same_run = before == here and names.get(here) in IMAGE_TOKENS and i not in runs
             if (both_text or same_run) and rendered.mask[i] == rendered.mask[i - 1]:
                 continue
         if i > start:

@@ -1,26 +1,49 @@
-"""What a model is made of, and what that costs. Plain dataclasses: nothing here imports torch.
+"""What a model is made of: plain dataclasses and the rules that fill them in. Nothing here imports torch.
 
+    get_config(20)                       # ghost: everything follows from the depth
+    qwen25_config("1.5B")                # the published Qwen2.5 shapes
+    get_vlm_config(20, encoder="clip_vit_l14", tokens_per_image=144)
+
+What they cost is in `ghostvis_model.costs`, the encoders are in `ghostvis_model.encoders`.
 D model width, H query heads, K key/value heads, h head size, V vocabulary, P patches, N tokens of an image.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import isqrt
 from typing import Any, Literal
 
-from ghostvis_model.errors import GhostVisError
+from ghostvis_model.encoders import ENCODER_ALIASES, ENCODERS, VisionConfig, named_encoder
+from ghostvis_model.errors import ConfigError
+
+__all__ = [
+    "ENCODERS",
+    "ENCODER_ALIASES",
+    "QWEN25_SIZES",
+    "ConfigError",
+    "ConnectorConfig",
+    "ConnectorKind",
+    "Family",
+    "MLPKind",
+    "TextConfig",
+    "VLMConfig",
+    "VisionConfig",
+    "check_connector",
+    "get_config",
+    "get_vlm_config",
+    "qwen25_config",
+    "with_vision",
+]
 
 ConnectorKind = Literal["perceiver", "avgpool", "pixel_shuffle", "mlp"]
-
-
-class ConfigError(GhostVisError):
-    """A model that cannot be built as asked."""
+Family = Literal["ghost", "qwen25"]
+MLPKind = Literal["swiglu", "relu2", "moe"]
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder."""
+    """The decoder. A field with a default may be missing in an older checkpoint, whose model is the default's."""
 
     vocab_size: int
     """Entries of the embedding and of the head: bytes, merges and special tokens."""
@@ -30,42 +53,35 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    """Hidden width of the SwiGLU."""
+    """Hidden width of the MLP, of each expert where there are several."""
     context_length: int = 2048
     """Longest document in tokens: rotary tables and caches end here."""
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     logit_softcap: float = 15.0
     """Logits become c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); 0 turns it off."""
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """An image encoder: a vision transformer made by timm."""
-
-    encoder: str
-    """Name in ENCODERS, or `timm:NAME`."""
-    timm_name: str
-    image_size: int
-    """Side of the square picture in pixels."""
-    patch_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_size: int
-    num_params: int
-    """Parameters of the tower without its pooling head; a test compares them with timm's."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid**2
+    family: Family = "ghost"
+    """Whose rules filled this in; what is computed is decided by the fields below."""
+    mlp: MLPKind = "swiglu"
+    """swiglu (arXiv 2002.05202), relu2 (arXiv 2109.08668), or moe: several SwiGLUs, of which a router picks some."""
+    qk_norm: bool = True
+    """Queries and keys are normalised per head (arXiv 2010.04245)."""
+    norm_weight: bool = False
+    """Norms have a learned scale."""
+    embedding_norm: bool = True
+    """Token embeddings are normalised before the first layer."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections."""
+    linear_bias: bool = False
+    """Biases of the attention's output projection and of the MLP."""
+    tied_head: bool = False
+    """The head is the embedding."""
+    num_experts: int = 0
+    """Experts of a layer; 0 unless `mlp` is moe."""
+    experts_per_token: int = 0
+    """How many of them each token goes through."""
+    router_loss: float = 0.0
+    """Weight of the experts' balance loss beside the loss of a token (Switch Transformer, arXiv 2101.03961)."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +112,9 @@ class VLMConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VLMConfig:
-        """Inverse of `to_dict`. Raises ConfigError for unknown or missing fields."""
+        """Inverse of `to_dict`. Raises ConfigError for unknown fields and missing ones that have no default."""
         _check_keys(cls, data)
-        vision, connector = data["vision"], data["connector"]
+        vision, connector = data.get("vision"), data.get("connector")
         return cls(
             text=_build(TextConfig, data["text"]),
             vision=None if vision is None else _build(VisionConfig, vision),
@@ -107,12 +123,12 @@ class VLMConfig:
 
 
 def _check_keys(kind: Any, data: dict[str, Any]) -> None:
-    expected = {field.name for field in fields(kind)}
-    if unknown := sorted(set(data) - expected):
+    expected = {field.name: field.default is MISSING for field in fields(kind)}
+    if unknown := sorted(set(data) - set(expected)):
         raise ConfigError(
             f"{kind.__name__} has no field {', '.join(unknown)}; this checkpoint is newer or not a GhostVis one"
         )
-    if missing := sorted(expected - set(data)):
+    if missing := sorted(name for name, required in expected.items() if required and name not in data):
         raise ConfigError(f"{kind.__name__} lacks {', '.join(missing)}; this checkpoint is older or not a GhostVis one")
 
 
@@ -121,22 +137,35 @@ def _build(kind: Any, data: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
-def get_config(depth: int, vocab_size: int = 65_536, context_length: int = 2048) -> TextConfig:
+def get_config(
+    depth: int,
+    vocab_size: int = 65_536,
+    context_length: int = 2048,
+    *,
+    mlp: MLPKind = "swiglu",
+    rope_theta: float = 10_000.0,
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+) -> TextConfig:
     """The `ghost` family: everything follows from an even depth.
 
     Width is 64 per layer; heads are 128 wide where depth is a multiple of 4, else 64; one key/value head serves two
-    query heads; the SwiGLU is 2.7 times as wide, rounded up to a multiple of 128.
-    Raises ConfigError for an odd or non-positive depth.
+    query heads. A SwiGLU is 2.7 times as wide, rounded up to a multiple of 128; a ReLU^2 4 times; the experts of a
+    token are together as wide as the SwiGLU (`num_experts` and `experts_per_token` count for moe alone).
+    Raises ConfigError for an odd or non-positive depth, or a number of experts that cannot be.
     """
     if depth < 2 or depth % 2:
         below, above = max(2, depth - 1), max(4, depth + 1)
         raise ConfigError(
             f"depth {depth} is not legal: it must be even and at least 2; nearest are {below} and {above}"
         )
+    if mlp == "moe" and not 1 <= experts_per_token <= num_experts:
+        raise ConfigError(f"{experts_per_token} of {num_experts} experts for each token; expected 1 to {num_experts}")
     hidden_size = 64 * depth
     head_dim = 128 if depth % 4 == 0 else 64
     num_heads = hidden_size // head_dim
-    intermediate_size = -(-27 * hidden_size // 1280) * 128
+    share = experts_per_token if mlp == "moe" else 1
+    intermediate_size = 4 * hidden_size if mlp == "relu2" else -(-27 * hidden_size // (1280 * share)) * 128
     return TextConfig(
         vocab_size=vocab_size,
         num_layers=depth,
@@ -146,27 +175,50 @@ def get_config(depth: int, vocab_size: int = 65_536, context_length: int = 2048)
         head_dim=head_dim,
         intermediate_size=intermediate_size,
         context_length=context_length,
+        rope_theta=rope_theta,
+        mlp=mlp,
+        num_experts=num_experts if mlp == "moe" else 0,
+        experts_per_token=experts_per_token if mlp == "moe" else 0,
+        router_loss=0.01 if mlp == "moe" else 0.0,
     )
 
 
-# Facts of each named encoder, so that sizes and costs are known without building it; a test reads them off timm.
-# Columns: image and patch in pixels, width, layers, heads, MLP width, parameters.
-_TABLE = {
-    "siglip2_l16_384": ("vit_large_patch16_siglip_384.v2_webli", 384, 16, 1024, 24, 16, 4096, 303_688_704),
-    "siglip_l16_384": ("vit_large_patch16_siglip_384.webli", 384, 16, 1024, 24, 16, 4096, 303_688_704),
-    "siglip_l16_256": ("vit_large_patch16_siglip_256.webli", 256, 16, 1024, 24, 16, 4096, 303_361_024),
-    "siglip_so400m_14_384": ("vit_so400m_patch14_siglip_384.webli", 384, 14, 1152, 27, 16, 4304, 412_987_248),
-    "clip_vit_l14": ("vit_large_patch14_clip_336.openai", 336, 14, 1024, 24, 16, 4096, 303_507_456),
-    "eva_giant": ("eva_giant_patch14_clip_224.laion400m", 224, 14, 1408, 40, 16, 6144, 1_011_146_112),
-    "tiny": ("vit_tiny_patch16_224", 48, 8, 128, 3, 2, 384, 525_696),
-}
-_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-
-ENCODERS: dict[str, VisionConfig] = {
-    name: VisionConfig(name, *facts, **(_CLIP if "clip" in facts[0] else {})) for name, facts in _TABLE.items()
+# Published shapes (arXiv 2412.15115, and the config.json of each). Columns: layers, width, query heads, key/value
+# heads, MLP width, vocabulary, context, tied head. `tiny` is ours, for tests: the same parts, 6:1 grouped heads.
+QWEN25_SIZES = {
+    "tiny": (2, 384, 6, 1, 512, 512, 256, True),
+    "0.5B": (24, 896, 14, 2, 4864, 151_936, 32_768, True),
+    "1.5B": (28, 1536, 12, 2, 8960, 151_936, 32_768, True),
+    "7B": (28, 3584, 28, 4, 18_944, 152_064, 32_768, False),
 }
 
-ENCODER_ALIASES = {"siglip_vit_l14": "siglip2_l16_384"}  # there is no SigLIP L/14: an old name of this project
+
+def qwen25_config(size: str, vocab_size: int | None = None, context_length: int | None = None) -> TextConfig:
+    """The `qwen25` family, as published: norm weights, q/k/v biases, theta 1e6, no QK-norm, no soft-cap.
+
+    Raises ConfigError for a size that is not in QWEN25_SIZES.
+    """
+    if size not in QWEN25_SIZES:
+        raise ConfigError(f"no Qwen2.5 of size {size!r}; known: {', '.join(QWEN25_SIZES)}")
+    layers, width, heads, kv_heads, intermediate, vocabulary, context, tied = QWEN25_SIZES[size]
+    return TextConfig(
+        vocab_size=vocab_size or vocabulary,
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width // heads,
+        intermediate_size=intermediate,
+        context_length=context_length or context,
+        rope_theta=1e6,
+        logit_softcap=0.0,
+        family="qwen25",
+        qk_norm=False,
+        norm_weight=True,
+        embedding_norm=False,
+        qkv_bias=True,
+        tied_head=tied,
+    )
 
 
 def get_vlm_config(
@@ -175,23 +227,20 @@ def get_vlm_config(
     *,
     context_length: int = 2048,
     encoder: str = "siglip2_l16_384",
+    image_size: int | None = None,
     connector: ConnectorKind = "perceiver",
     tokens_per_image: int = 64,
 ) -> VLMConfig:
-    """Decoder of `depth` with a named encoder and a connector.
+    """Ghost decoder of `depth` with a named encoder and a connector.
 
-    `timm:NAME` encoders are read off timm by `ghostvis_model.vision.read_vision_config` instead, which needs torch.
-    Raises ConfigError for an unknown encoder or a number of tokens that the connector cannot make.
+    image_size: side of the picture in pixels; None is what the encoder was published with.
+    `timm:NAME` encoders are read off timm by `ghostvis_model.vision.vision_config` instead, which needs torch; other
+    decoders get eyes by `with_vision`.
+    Raises ConfigError for an unknown encoder, an impossible size or a number of tokens the connector cannot make.
     """
-    name = ENCODER_ALIASES.get(encoder, encoder)
-    if name not in ENCODERS:
-        raise ConfigError(f"no encoder named {encoder!r}; known: {', '.join(ENCODERS)}, or timm:NAME for any of timm's")
-    vision = ENCODERS[name]
-    config = VLMConfig(
-        get_config(depth, vocab_size, context_length), vision, ConnectorConfig(connector, tokens_per_image)
-    )
-    check_connector(vision, config.connector)
-    return config
+    text = get_config(depth, vocab_size, context_length)
+    vision = named_encoder(encoder, image_size)
+    return with_vision(VLMConfig(text), vision, ConnectorConfig(connector, tokens_per_image))
 
 
 def check_connector(vision: VisionConfig, connector: ConnectorConfig | None) -> None:
@@ -199,7 +248,7 @@ def check_connector(vision: VisionConfig, connector: ConnectorConfig | None) -> 
     if connector is None:
         raise ConfigError("a model with an encoder needs a connector")
     tokens, grid = connector.tokens_per_image, vision.grid
-    side = isqrt(tokens)
+    side = isqrt(max(tokens, 0))
     if connector.kind == "mlp":
         legal = [grid**2]
     elif connector.kind == "pixel_shuffle":
@@ -215,41 +264,6 @@ def check_connector(vision: VisionConfig, connector: ConnectorConfig | None) -> 
 
 
 def with_vision(config: VLMConfig, vision: VisionConfig, connector: ConnectorConfig) -> VLMConfig:
-    """The same decoder, given eyes."""
+    """The same decoder, given eyes. Raises ConfigError if the connector cannot make its tokens."""
     check_connector(vision, connector)
     return replace(config, vision=vision, connector=connector)
-
-
-def text_params(config: TextConfig) -> int:
-    """Exact number of parameters of the decoder."""
-    return 2 * config.vocab_size * config.hidden_size + config.num_layers * layer_params(config)
-
-
-def layer_params(config: TextConfig) -> int:
-    """Parameters of one decoder layer: attention and SwiGLU, no norm weights."""
-    heads = config.num_heads + config.num_kv_heads
-    return 2 * heads * config.head_dim * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
-
-
-def flops_per_token(config: TextConfig, context: int | None = None) -> int:
-    """Forward and backward floating-point operations of one token of text.
-
-    Six per parameter that multiplies (layers and head, not the embedding), and attention over `context` tokens
-    (default the whole context length, halved because attention is causal), as PaLM counts (arXiv 2204.02311, app. B).
-    """
-    context = config.context_length if context is None else context
-    multiplied = config.num_layers * layer_params(config) + config.vocab_size * config.hidden_size
-    return 6 * multiplied + 6 * config.num_layers * config.num_heads * config.head_dim * context
-
-
-def vision_flops_per_image(config: VisionConfig) -> int:
-    """Forward floating-point operations of the encoder for one image."""
-    width, patches = config.hidden_size, config.num_patches
-    layer = 4 * width * width + 2 * width * config.mlp_size
-    embed = 3 * config.patch_size**2 * width
-    return 2 * patches * (config.num_layers * layer + embed) + 4 * config.num_layers * patches * patches * width
-
-
-def kv_bytes_per_token(config: TextConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that one token takes in the key/value cache."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value

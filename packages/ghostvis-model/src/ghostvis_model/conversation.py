@@ -70,8 +70,8 @@ def read_turns(messages: Sequence[Mapping[str, Any]], record: Record, *, for_tra
             raise record.malformed(
                 f"message {i} is an answer to nothing", "a user message first", "the question was filtered out"
             )
-        silent = not any(kind != "python_output" and text for kind, text in turn.parts)
-        if for_training and turn.role == "assistant" and silent:
+        spoken = turn.role != "assistant" or any(kind != "python_output" and text for kind, text in turn.parts)
+        if for_training and not spoken:
             raise record.malformed(
                 f"message {i}, the answer, is empty",
                 "text or a python part to train on",

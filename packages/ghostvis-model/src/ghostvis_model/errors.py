@@ -10,6 +10,10 @@ class GhostVisError(ValueError):
     """
 
 
+class ConfigError(GhostVisError):
+    """A model that cannot be built as asked."""
+
+
 def message_of(error: GhostVisError) -> str:
     """The error as a command prints it."""
     text = str(error)

@@ -1,11 +1,12 @@
-"""Text to token ids and back: our byte-level BPE with the special tokens of the chat, and a decoder for streams.
+"""Text to token ids and back: our byte-level BPE or Qwen2.5's, the special tokens of the chat, a decoder for streams.
 
     tokenizer = Tokenizer.train(texts, vocab_size=4096)
     tokenizer.save("out")                        # out/tokenizer.json
     tokenizer = Tokenizer.load("out")
     ids = tokenizer.encode("a typed <|image|> is text")
 
-Special tokens follow the merges, in the order of SPECIAL_TOKENS; `load` takes a file as it is, so that the hash and
+`load` takes a file of ours, where special tokens follow the merges in the order of SPECIAL_TOKENS, or one of the
+`tokenizers` library (Qwen2.5's), and takes it as it is, so that the hash and
 the vocabulary size are those of the checkpoint it belongs to. An older vocabulary gets what it lacks from
 `with_special_tokens`, at the end: ids never move.
 """
@@ -13,6 +14,7 @@ the vocabulary size are those of the checkpoint it belongs to. An older vocabula
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,10 +24,20 @@ from pathlib import Path
 import ghostvis_bpe
 from ghostvis_model.chat import SPECIAL_TOKENS
 from ghostvis_model.errors import GhostVisError
+from ghostvis_model.hf_encoding import HuggingFaceEncoding
 
-__all__ = ["FILE_NAME", "SPECIAL_TOKENS", "StreamDecoder", "Tokenizer", "TokenizerError"]
+__all__ = ["CHATML_TOKENS", "FILE_NAME", "SPECIAL_TOKENS", "StreamDecoder", "Tokenizer", "TokenizerError"]
 
 FILE_NAME = "tokenizer.json"
+
+CHATML_TOKENS = {
+    "<|bos|>": "<|endoftext|>",
+    "<|assistant_end|>": "<|im_end|>",
+    "<|image|>": "<|image_pad|>",
+    "<|python_start|>": "<tool_call>",
+    "<|python_end|>": "</tool_call>",
+}
+"""What does the work of some of our special tokens in a ChatML vocabulary, where all roles share start and end."""
 
 
 class TokenizerError(GhostVisError):
@@ -36,7 +48,7 @@ class TokenizerError(GhostVisError):
 class Tokenizer:
     """A vocabulary and its special tokens. Immutable, picklable, safe to share between threads."""
 
-    encoding: ghostvis_bpe.Encoding
+    encoding: ghostvis_bpe.Encoding | HuggingFaceEncoding
 
     @classmethod
     def train(
@@ -70,6 +82,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read `tokenizer.json`, given the file or the folder that holds it, exactly as it was saved.
 
+        A file of the `tokenizers` library is taken as it is: Qwen2.5's, or another byte-level BPE.
         Raises TokenizerError where there is none, where it is damaged or where its hash is not that of its content.
         """
         file = Path(path)
@@ -83,11 +96,14 @@ class Tokenizer:
                 f"  try      ls {file.parent}"
             )
         try:
+            if _is_hugging_face(file):
+                return cls(HuggingFaceEncoding.load(file))
             return cls(ghostvis_bpe.Encoding.load(file))
         except ValueError as error:
             raise TokenizerError(
                 f"ghostvis: {file} is not a GhostVis tokenizer: {error}\n"
-                "  expected JSON with version, pattern, merges, special tokens and a matching hash\n"
+                "  expected JSON with version, pattern, merges, special tokens and a matching hash; or the\n"
+                "           tokenizer.json of a byte-level BPE such as Qwen2.5's\n"
                 "  likely   a file of another tool under the same name, or a copy that broke off\n"
                 f"  try      head -c 300 {file}"
             ) from error
@@ -100,10 +116,20 @@ class Tokenizer:
         self.encoding.save(file)
         return file
 
-    def with_special_tokens(self, names: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-        """The same vocabulary with the missing ones of `names` appended after the last id. No id moves."""
+    def with_special_tokens(self, names: Sequence[str] | None = None) -> Tokenizer:
+        """The same vocabulary with the missing ones of `names` appended after the last id. No id moves.
+
+        None stands for SPECIAL_TOKENS, in a ChatML vocabulary for `<|endoftext|>`, `<|im_end|>` and `<|image_pad|>`.
+        """
+        if names is None:
+            names = [*CHATML_TOKENS.values()][:3] if self.is_chatml else SPECIAL_TOKENS
         missing = [name for name in names if name not in self.special_tokens]
         return Tokenizer(self.encoding.with_special_tokens(missing)) if missing else self
+
+    @property
+    def is_chatml(self) -> bool:
+        """Whether conversations are rendered as ChatML: the vocabulary has `<|im_start|>`."""
+        return "<|im_start|>" in self.encoding.special_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -117,11 +143,17 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:
-        """Name to id of each special token."""
-        return self.encoding.special_tokens
+        """Name to id of each special token; in a ChatML vocabulary under our names, too, where one does the work."""
+        own = self.encoding.special_tokens
+        if not self.is_chatml:
+            return own
+        return {ours: own[theirs] for ours, theirs in CHATML_TOKENS.items() if theirs in own} | own
 
     def special(self, name: str) -> int:
-        """The id of a special token such as "<|bos|>"; TokenizerError where this vocabulary has none of that name."""
+        """The id of a special token such as "<|bos|>", or of what does its work in a ChatML vocabulary.
+
+        Raises TokenizerError where there is none.
+        """
         if name not in self.special_tokens:
             raise TokenizerError(
                 f"ghostvis: this tokenizer has no special token {name}.\n"
@@ -208,3 +240,12 @@ class StreamDecoder:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+def _is_hugging_face(file: Path) -> bool:
+    """Whether a JSON file is one of the `tokenizers` library. Raises ValueError for one that is no JSON."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 text: {error}") from error
+    return isinstance(data, dict) and "model" in data and "added_tokens" in data

@@ -6,7 +6,6 @@ I images, S side in pixels, P patches, W vision width.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,38 +14,45 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from ghostvis_model.config import ENCODER_ALIASES, ENCODERS, ConfigError, VisionConfig
+from ghostvis_model.encoders import ENCODER_ALIASES, ENCODERS, VisionConfig, named_encoder, with_image_size
+from ghostvis_model.errors import ConfigError
+from ghostvis_model.vision_weights import load_encoder_weights as load_encoder_weights  # beside the tower it fills
 
 log = logging.getLogger("ghostvis")
 
 
-def vision_config(encoder: str) -> VisionConfig:
+def vision_config(encoder: str, image_size: int | None = None) -> VisionConfig:
     """Facts of an encoder by its name in ENCODERS, by an old alias, or as `timm:NAME` read off timm.
 
-    Raises ConfigError for a name that neither knows.
+    image_size: side of the picture in pixels; None is what the encoder was published with.
+    Raises ConfigError for a name that neither knows, or for a size it cannot take.
     """
     if encoder.startswith("timm:"):
-        return read_vision_config(encoder)
+        return read_vision_config(encoder, image_size)
     if encoder in ENCODER_ALIASES:
         log.warning("encoder %s is an old name: loading %s", encoder, ENCODER_ALIASES[encoder])
-    name = ENCODER_ALIASES.get(encoder, encoder)
-    if name not in ENCODERS:
-        raise ConfigError(f"no encoder named {encoder!r}; known: {', '.join(ENCODERS)}, or timm:NAME for any of timm's")
-    return ENCODERS[name]
+    return named_encoder(encoder, image_size)
 
 
-def read_vision_config(encoder: str) -> VisionConfig:
+def read_vision_config(encoder: str, image_size: int | None = None) -> VisionConfig:
     """Read the facts of `timm:NAME` off a model that timm builds without memory for its weights.
 
-    Raises ConfigError if timm has no such model or it is not a plain vision transformer.
+    Raises ConfigError if timm has no such model, it is not a plain vision transformer, or it cannot take the size.
     """
     name = encoder.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(
             f"timm has no model {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
         )
+    published = _read(encoder, name, {})
+    if with_image_size(published, image_size) == published:
+        return published
+    return _read(encoder, name, {"img_size": image_size})
+
+
+def _read(encoder: str, name: str, options: dict[str, Any]) -> VisionConfig:
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0, global_pool="")
+        model = timm.create_model(name, num_classes=0, global_pool="", **options)
     if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
         raise ConfigError(f"{name} is a {type(model).__name__}; GhostVis reads the patches of vision transformers")
     rows, columns = model.patch_embed.grid_size
@@ -79,18 +85,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        sizes: dict[str, Any] = {}
-        if config.encoder == "tiny":
-            sizes = {
-                "img_size": config.image_size,
-                "patch_size": config.patch_size,
-                "embed_dim": config.hidden_size,
-                "depth": config.num_layers,
-                "num_heads": config.num_heads,
-                "mlp_ratio": config.mlp_size / config.hidden_size,
-                "class_token": False,
-            }
-        self.encoder = timm.create_model(config.timm_name, num_classes=0, global_pool="", **sizes)
+        self.encoder = timm.create_model(config.timm_name, num_classes=0, global_pool="", **_timm_options(config))
         if config.encoder == "tiny":
             blocks: Any = self.encoder.blocks
             for block in blocks:
@@ -113,27 +108,24 @@ class VisionTower(nn.Module):
         return features[:, self.encoder.num_prefix_tokens :]
 
 
-def load_encoder_weights(tower: VisionTower, source: str) -> None:
-    """Fill the tower's encoder.
+def _timm_options(config: VisionConfig) -> dict[str, Any]:
+    """What timm has to be told: size and activation, and the sizes within where they are not the named model's."""
+    options: dict[str, Any] = {"img_size": config.image_size}
+    if config.activation:
+        options["act_layer"] = config.activation
+    named = ENCODERS.get(config.encoder)
+    if config.encoder == "tiny" or (named is not None and _inner_sizes(named) != _inner_sizes(config)):
+        options |= {
+            "patch_size": config.patch_size,
+            "embed_dim": config.hidden_size,
+            "depth": config.num_layers,
+            "num_heads": config.num_heads,
+            "mlp_ratio": config.mlp_size / config.hidden_size,
+        }
+    if config.encoder == "tiny":
+        options["class_token"] = False
+    return options
 
-    source: `hub` for timm's published weights; a local safetensors or `.pt` file of timm's names; or the
-    `vision.safetensors` of a GhostVis checkpoint.
-    Raises ConfigError that lists missing and unexpected tensors, except the pooling head that the tower leaves out.
-    """
-    name = tower.config.timm_name
-    if source == "hub":
-        state = timm.create_model(name, pretrained=True, num_classes=0, global_pool="").state_dict()
-    elif Path(source).is_file():
-        state = timm.models.load_state_dict(source, weights_only=True)
-    else:
-        raise ConfigError(f"encoder weights {source!r}: no such file; give one, or `hub` to download {name}")
-    own = "vision.encoder."
-    if any(key.startswith(own) for key in state):
-        state = {key.removeprefix(own): tensor for key, tensor in state.items() if key.startswith(own)}
-    missing, unexpected = tower.encoder.load_state_dict(state, strict=False)
-    unexpected = [key for key in unexpected if not key.startswith(("attn_pool.", "head.", "fc_norm."))]
-    if missing or unexpected:
-        raise ConfigError(
-            f"weights of {source} do not fit {name}: missing {', '.join(missing[:5])} ({len(missing)}), "
-            f"unexpected {', '.join(unexpected[:5])} ({len(unexpected)})"
-        )
+
+def _inner_sizes(config: VisionConfig) -> tuple[int, ...]:
+    return config.patch_size, config.hidden_size, config.num_layers, config.num_heads, config.mlp_size

@@ -1,0 +1,200 @@
+"""The step of one row on a GPU, written as a chain of Triton kernels (`decode_kernels`): see there for what and why.
+
+Used where a model has the plain shape (dense SwiGLU layers, half precision or int8 weights); everything else, and
+every larger batch, goes through the decoder itself.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostvis_model.int8 import Int8Linear
+
+if TYPE_CHECKING:
+    from ghostvis_model.decode_step import Rows
+    from ghostvis_model.vlm import GhostVis
+
+PIECES_PER_SM = 2  # programs of the attention kernel
+KEYS = 64  # tokens of the cache that one of them reads at a time
+
+
+def why_not(model: GhostVis) -> str | None:
+    """Why this model's step cannot take the fused path; None where it can."""
+    text, weight = model.config.text, model.decoder.embed_tokens.weight
+    if weight.device.type != "cuda" or find_spec("triton") is None:
+        return f"it needs CUDA and triton; the model is on {weight.device}"
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for half precision; the model is {weight.dtype}"
+    if text.mlp != "swiglu":
+        return f"its MLP is SwiGLU; the model's is {text.mlp}"
+    return None
+
+
+class FusedStep:
+    """Buffers and launches of one row's step; addresses are fixed, so a graph can replay it."""
+
+    def __init__(self, model: GhostVis, rows: Rows) -> None:
+        text, decoder = model.config.text, model.decoder
+        device, dtype = decoder.embed_tokens.weight.device, decoder.embed_tokens.weight.dtype
+        self._model, self._rows = model, rows
+        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        heads, kv_heads, size = text.num_heads, text.num_kv_heads, text.head_dim
+        groups = heads // kv_heads
+        wanted = PIECES_PER_SM * _multiprocessors(device) // kv_heads
+        self._pieces = max(1, min(wanted, rows.cache.capacity // KEYS, 64))
+
+        def buffer(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        self._x = buffer(text.hidden_size, kind=dtype)
+        self._qkv = buffer((heads + 2 * kv_heads) * size)
+        self._partial = buffer(kv_heads, self._pieces, groups, size)
+        self._sums = buffer(2, kv_heads, self._pieces, groups)
+        self._done = buffer(kv_heads, kind=torch.int32)
+        self._mixed = buffer(heads * size, kind=dtype)
+        self._hidden = buffer(text.intermediate_size, kind=dtype)
+        self.logits = buffer(1, text.vocab_size)
+        """float32 [1, V]."""
+        self.chosen = buffer(1, kind=torch.long)
+        """int64 [1]: the likeliest token, -1 where logits are not finite."""
+        self._tile = {name: _tile(name, *shape) for name, shape in self._shapes().items()}
+        blocks = -(-text.vocab_size // self._tile["head"]["BN"])
+        self._best, self._where = buffer(blocks), buffer(blocks, kind=torch.int32)
+        self._forbidden = buffer(text.vocab_size, kind=torch.int8)
+        self._forbidden[rows.sampler.forbidden] = 1
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """(rows that must be cut evenly, columns) of each kernel's weights."""
+        text = self._model.config.text
+        return {
+            "qkv": (text.num_kv_heads * text.head_dim, text.hidden_size),
+            "out": (text.hidden_size, text.num_heads * text.head_dim),
+            "swiglu": (text.intermediate_size, text.hidden_size),
+            "down": (text.hidden_size, text.intermediate_size),
+            "head": (1 << 30, text.hidden_size),
+        }
+
+    def run(self, *, pick: bool) -> None:
+        """Read the row's next token: logits, and with `pick` the likeliest one chosen and the row one step further."""
+        kernels = _kernels()
+
+        text, decoder, rows = self._model.config.text, self._model.decoder, self._rows
+        eps, early = text.norm_eps, {"PDL": self._pdl, **({"launch_pdl": True} if self._pdl else {})}
+        heads, kv_heads, size, width = text.num_heads, text.num_kv_heads, text.head_dim, text.hidden_size
+        groups = heads // kv_heads
+        block = 1 << (width - 1).bit_length()
+        kernels.embed_kernel[(1,)](
+            rows.tokens,
+            decoder.embed_tokens.weight,
+            self._x,
+            eps,
+            D=width,
+            BLOCK=block,
+            NORM=text.embedding_norm,
+            **early,
+        )
+        layers: Any = decoder.layers
+        for index, layer in enumerate(layers):
+            tile = self._tile["qkv"]
+            parts = [_parts(p) for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
+            weights, biases, scales = zip(*parts, strict=True)
+            kernels.qkv_kernel[((heads + 2 * kv_heads) * size // tile["BN"],)](
+                self._x, _or(layer.attention_norm, self._x), *weights, *biases, *scales, self._qkv, eps,
+                D=width, NQ=heads * size, NK=kv_heads * size, NORM=text.norm_weight, BIAS=text.qkv_bias,
+                INT8=weights[0].dtype == torch.int8, **_lines(weights[0], tile), **early,
+            )  # fmt: skip
+            keys, values = rows.cache.keys[index], rows.cache.values[index]
+            kernels.attention_kernel[(kv_heads, self._pieces)](
+                self._qkv, keys, values, rows.cache.lengths, decoder.cos, decoder.sin, self._partial, self._sums,
+                self._done, self._mixed, eps, size**-0.5, keys.stride(1),
+                H=heads, K=kv_heads, SIZE=size, G=groups, GP=max(16, 1 << (groups - 1).bit_length()),
+                SPLITS=self._pieces, SPLITS_P=1 << (self._pieces - 1).bit_length(), BS=KEYS, NORM=text.qk_norm,
+                num_warps=4, **early,
+            )  # fmt: skip
+            self._add("out", layer.o_proj, self._mixed, early)
+            tile = self._tile["swiglu"]
+            gate, up = _parts(layer.gate_proj), _parts(layer.up_proj)
+            kernels.swiglu_kernel[(text.intermediate_size // tile["BN"],)](
+                self._x, _or(layer.mlp_norm, self._x), gate[0], up[0], gate[1], up[1], gate[2], up[2], self._hidden,
+                eps, D=width, NORM=text.norm_weight, BIAS=text.linear_bias, INT8=gate[0].dtype == torch.int8,
+                **_lines(gate[0], tile), **early,
+            )  # fmt: skip
+            self._add("down", layer.down_proj, self._hidden, early)
+        tile = self._tile["head"]
+        weight, _, scale = _parts(decoder.lm_head)
+        blocks = self._best.shape[0]
+        kernels.head_kernel[(blocks,)](
+            self._x, _or(decoder.norm, self._x), weight, scale, self._forbidden, self.logits, self._best, self._where,
+            eps, text.logit_softcap, text.vocab_size,
+            D=width, NORM=text.norm_weight, CAP=text.logit_softcap > 0, INT8=weight.dtype == torch.int8,
+            **_lines(weight, tile), **early,
+        )  # fmt: skip
+        if pick:
+            kernels.pick_kernel[(1,)](
+                self._best, self._where, rows.tokens, self.chosen, rows.cache.lengths, rows.sampler.produced,
+                rows.active, blocks, BLOCK=1024, num_warps=8, **early,
+            )  # fmt: skip
+
+    def _add(self, name: str, projection: nn.Module, x: Tensor, early: dict[str, Any]) -> None:
+        tile = self._tile[name]
+        weight, bias, scale = _parts(projection)
+        _kernels().add_linear_kernel[(weight.shape[0] // tile["BN"],)](
+            x, weight, bias, scale, self._x,
+            D=weight.shape[1], BIAS=self._model.config.text.linear_bias, INT8=weight.dtype == torch.int8,
+            **_lines(weight, tile), **early,
+        )  # fmt: skip
+
+
+def _kernels() -> Any:
+    from ghostvis_model import decode_kernels  # here: it imports triton
+
+    return decode_kernels
+
+
+def _parts(projection: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias and scale; the weight itself stands for what is not there, and is not read."""
+    if isinstance(projection, Int8Linear):
+        return projection.weight, _or(projection.bias, projection.weight), projection.scale
+    assert isinstance(projection, nn.Linear)
+    return projection.weight, _or(projection.bias, projection.weight), projection.weight
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    return other if given is None else given
+
+
+# Of each kernel: rows of the weight that a program takes, columns at a time, warps.
+TILES = {
+    "qkv": (4, 256, 4),
+    "out": (4, 256, 4),
+    "swiglu": (4, 256, 4),
+    "down": (2, 512, 4),
+    "head": (8, 256, 4),
+}
+
+
+def _tile(name: str, rows: int, columns: int) -> dict[str, int]:
+    bn, bk, warps = TILES[name]
+    while rows % bn:
+        bn //= 2
+    if columns % 8:
+        raise ValueError(f"{name} weights have {columns} columns; the fused step needs a multiple of 8")
+    return {"BN": bn, "BK": bk, "num_warps": warps}
+
+
+def _lines(weight: Tensor, tile: dict[str, int]) -> dict[str, int]:
+    """The tile of this weight, with what its prefetch needs; int8 is loaded 16 bytes a thread, too."""
+    line = 128 // weight.element_size()
+    tile = {**tile, "BK": tile["BK"] * (2 if weight.element_size() == 1 else 1)}
+    lines = -(-tile["BN"] * weight.shape[1] // line)
+    return {**tile, "LINE": line, "LINES": 1 << (lines - 1).bit_length()}
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
