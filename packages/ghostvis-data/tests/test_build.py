@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ghostvis_data import DataError, Dataset, build_jsonl
+from ghostvis_data import DataError, Dataset, ShardWriter, build_jsonl
 from ghostvis_data.cli import main
 from ghostvis_model.images import load_image
 
@@ -65,9 +65,7 @@ def test_the_same_jsonl_gives_the_same_bytes(tmp_path, photos, write_jsonl):
     source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn(name)} for name in photos * 3])
     for name in ("a", "b"):
         build_jsonl(source, tmp_path / name, shard_bytes=4000, max_side=100)
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) > 6
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 def test_samples_stay_in_their_split_when_others_are_added(tmp_path, write_jsonl):
@@ -83,6 +81,13 @@ def test_samples_stay_in_their_split_when_others_are_added(tmp_path, write_jsonl
         assert 1 <= len(val_ids(count, tmp_path / f"{count}")) < count
     source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn()}])
     assert build_jsonl(source, tmp_path / "single").samples == {"train": 1}
+
+
+def same_bytes(one, other):
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    assert len(files) > 6
+    assert [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()] == []
 
 
 BAD = {
@@ -166,7 +171,7 @@ def test_texts_are_built_too(tmp_path, write_jsonl):
 def test_the_command_builds_checks_and_draws(tmp_path, photos, write_jsonl, tokenizer, capsys):
     source = write_jsonl(tmp_path / "my.jsonl", [{"id": name, "messages": turn(name)} for name in photos])
     out = str(tmp_path / "out")
-    assert main(["build", str(source), out]) == 0
+    assert main(["build", str(source), out, "--processes", "1"]) == 0
     assert main(["check", str(source)]) == 0
     tokenizer.save(tmp_path / "tokenizer")
     options = ["--tokenizer", str(tmp_path / "tokenizer"), "--tokens-per-image", "4"]
@@ -208,16 +213,59 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, write_jsonl, monkeypatch, c
     assert [path.name for path in tmp_path.iterdir()] == ["my.jsonl"]
 
 
-def test_a_build_stopped_by_ctrl_c_leaves_nothing_behind(tmp_path, photos, write_jsonl, monkeypatch):
-    source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn(name)} for name in photos])
+def test_a_build_stopped_by_ctrl_c_goes_on_where_it_stopped(tmp_path, photos, write_jsonl, monkeypatch):
+    source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn(name)} for name in photos * 3])
+    options = {"shard_bytes": 4000, "max_side": 100}
+    build_jsonl(source, tmp_path / "unbroken", **options)
 
     def stop(done, total):
-        raise KeyboardInterrupt
+        if done == total - 2:
+            raise KeyboardInterrupt
 
-    before = set(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
-        build_jsonl(source, tmp_path / "out", on_progress=stop)
-    assert set(tmp_path.iterdir()) == before
+        build_jsonl(source, tmp_path / "out", on_progress=stop, **options)
+    assert not (tmp_path / "out").exists()
+    written = []
+    monkeypatch.setattr(
+        ShardWriter, "write", lambda self, sample, write=ShardWriter.write: written.append(write(self, sample))
+    )
+    build_jsonl(source, tmp_path / "out", **options)
+    assert 0 < len(written) < len(photos)
+    assert not (tmp_path / ".out.building").exists()
+    same_bytes(tmp_path / "unbroken", tmp_path / "out")
+
+
+def test_a_source_that_changed_is_not_mixed_with_what_an_interrupted_build_left(tmp_path, write_jsonl):
+    def build(answer, stop):
+        records = [{"messages": turn(answer=f"{answer} {n}")} for n in range(20)]
+        source = write_jsonl(tmp_path / "my.jsonl", records)
+        build_jsonl(source, tmp_path / "out", shard_bytes=4000, on_progress=stop)
+
+    def stop(done, total):
+        if done == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build("old", stop)
+    build("new", None)
+    for split in ("train", "val"):
+        assert all("new" in sample.messages[1]["content"] for sample in Dataset(tmp_path / "out" / split))
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path, photos, write_jsonl):
+    source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn(name)} for name in photos * 3])
+    for processes in (1, 2):
+        progress = []
+        build_jsonl(
+            source,
+            tmp_path / f"by{processes}",
+            shard_bytes=4000,
+            max_side=100,
+            processes=processes,
+            on_progress=lambda done, total, seen=progress: seen.append((done, total)),
+        )
+        assert progress[-1] == (27, 27)
+    same_bytes(tmp_path / "by1", tmp_path / "by2")
 
 
 def test_a_damaged_image_is_found_by_check(tmp_path, write, chat, png, capsys):

@@ -1,3 +1,6 @@
+import hashlib
+import json
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -7,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghostvis_data import DataError
-from ghostvis_data.packing import fill, pack
+from ghostvis_data import plan as plans
+from ghostvis_data.packing import best_fit_decreasing, fill, pack, pack_windows
 from ghostvis_data.plan import Plan
 
 T = 64
@@ -115,3 +119,148 @@ def test_empty_data_and_wrong_shares_are_refused():
         Plan([np.zeros(0, int)], [False], T, 1)
     with pytest.raises(DataError, match="shares"):
         Plan([np.ones(3, int)], [False], T, 1, shares=[1, 2])
+
+
+@given(lengths_lists, st.integers(1, 40), st.integers(0, 3))
+def test_windows_place_every_document_once_and_overfill_no_row(lengths, window, seed):
+    order, starts = pack_windows(np.array(lengths), T, [seed], window)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert starts[0] == 0
+    assert starts[-1] == len(lengths)
+    filled = np.add.reduceat(np.array(lengths)[order], starts[:-1])
+    assert (np.diff(starts) > 0).all()
+    assert (filled <= T).all()
+
+
+@given(lengths_lists)
+def test_counting_equal_lengths_together_is_best_fit_decreasing(lengths):
+    """The plain search, one document after another, opens as many rows and fills them alike."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else T) - length)
+    order, row_of, rows = best_fit_decreasing(np.array(lengths), T)
+    filled = np.bincount(row_of, np.array(lengths)[order], rows)
+    assert sorted(T - filled) == sorted(rooms)
+
+
+def chat_like(count, most, seed=0):
+    """Lengths of a mixture: short answers about a picture, long answers about one, conversations (all log-normal)."""
+    rng = np.random.default_rng(seed)
+    short = 64 + rng.lognormal(np.log(26), 0.3, count)
+    long = 64 + rng.lognormal(np.log(290), 0.55, count)
+    chats = rng.lognormal(np.log(750), 0.75, count)
+    kind = rng.random(count)
+    return np.clip(np.select([kind < 0.58, kind < 0.88], [short, long], chats), 15, most).astype(int)
+
+
+@pytest.mark.parametrize("row_tokens, least", [(2048, 0.985), (4096, 0.993), (8192, 0.996)])
+def test_rows_of_chats_are_full(row_tokens, least):
+    lengths = chat_like(40_000, row_tokens)
+    plan = Plan([lengths], [False], row_tokens, 8)
+    assert lengths.sum() / (plan.epoch(0).rows * row_tokens) >= least
+
+
+def test_long_documents_come_all_through_an_epoch():
+    lengths = chat_like(30_000, 2048)
+    plan = Plan([lengths], [False], 2048, 8)
+    epoch = plan.epoch(0)
+    thirds = np.array_split(epoch.documents[:, 3] > 1000, 3)
+    assert max(t.mean() for t in thirds) < 1.15 * min(t.mean() for t in thirds)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.lists(st.integers(0, T), min_size=1, max_size=60).filter(any), min_size=1, max_size=3),
+    st.integers(0, 2),
+    st.sampled_from([0, 20, plans.SMALL_EPOCH]),
+    st.integers(1, 12),
+)
+def test_every_mixture_gives_each_sample_once_per_epoch_under_either_rule(sets, epoch, small, rows_per_step):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "SMALL_EPOCH", small)
+        plan = Plan([np.array(one) for one in sets], [False] * len(sets), T, rows_per_step, seed=3)
+        documents = plan.epoch(epoch).documents
+    assert Counter(map(tuple, documents[:, :2].tolist())) == Counter(
+        (d, i) for d, one in enumerate(sets) for i, length in enumerate(one) if length
+    )
+
+
+@given(st.lists(st.tuples(st.integers(2, T), st.integers(0, 4)), min_size=1, max_size=80), st.integers(4, 9))
+def test_no_row_holds_more_images_than_asked(samples, limit):
+    lengths, images = (np.array(one) for one in zip(*samples, strict=True))
+    plan = Plan([lengths], [False], T, 1, images=[images], images_per_row=limit)
+    for number in range(plan.epoch(0).rows):
+        row = plan.epoch(0).row(number)
+        assert sum(images[d.sample] for d in row) <= limit
+        assert sum(d.tokens for d in row) <= T
+
+
+def test_a_sample_with_too_many_images_for_a_row_is_refused():
+    with pytest.raises(DataError, match=r"sample 1 of data set 0 has 9 images"):
+        Plan([np.array([5, 5])], [False], T, 1, images=[np.array([1, 9])], images_per_row=8)
+
+
+def test_rows_of_a_step_ordered_by_work_are_the_same_rows():
+    lengths = [np.random.default_rng(0).integers(2, T, 400)]
+    plain, even = Plan(lengths, [False], T, 16), Plan(lengths, [False], T, 16, even_rows=True)
+    for step in range(3):
+        rows = even.step_rows(step)
+        work = [sum(d.tokens**2 for d in row) for row in rows]
+        assert work == sorted(work)
+        assert sorted(rows) == sorted(plain.step_rows(step))
+
+
+def same_shard(batches, shards):
+    """P(two samples of a batch share a shard), over the ideal; int [batches, samples] of shard numbers."""
+    pairs = batches.shape[1] * (batches.shape[1] - 1)
+    return shards * np.mean([sum(c * (c - 1) for c in Counter(one.tolist()).values()) / pairs for one in batches])
+
+
+def test_remote_shards_are_read_in_windows_each_once_per_epoch():
+    plan = Plan([np.full(200_000, T)], [False], T, 1, seed=1, shards=[np.full(400, 500)])
+    read = plan._samples(0, 0, 200_000)
+    assert sorted(read) == list(range(200_000))
+    window = plans.REMOTE_WINDOW * 500
+    for start in range(0, len(read), window):
+        assert len(set((read[start : start + window] // 500).tolist())) <= plans.REMOTE_WINDOW
+    assert same_shard((read[:199_936] // 500).reshape(-1, 256), 400) < 8.5
+    assert read[:100].tolist() != plan._samples(0, 200_000, 100).tolist()
+
+
+def test_local_shards_are_mixed_like_cards():
+    read = Plan([np.full(200_000, T)], [False], T, 1)._samples(0, 0, 200_000)
+    assert same_shard((read[:199_936] // 500).reshape(-1, 256), 400) < 1.05
+
+
+def test_a_position_is_small_and_saves_planning_what_is_done():
+    lengths = [np.random.default_rng(0).integers(2, T, 1000)]
+    first = Plan(lengths, [False], T, 3)
+    step = first.steps(4) - 2
+    state = json.loads(json.dumps(first.state(step)))
+    assert len(json.dumps(state)) < 1024
+    again = Plan(lengths, [False], T, 3)
+    assert again.restore(state) == step
+    assert again.step_rows(step) == first.step_rows(step)
+    assert list(again._epochs) == [3]
+    assert len(json.dumps(first.state(first.steps(100)))) < 1024
+    with pytest.raises(DataError, match="another plan"):
+        Plan(lengths, [False], T, 3, seed=1).restore(state)
+
+
+def test_half_a_million_samples_are_planned_in_a_second_or_two():
+    """A quarter of a second (BENCHMARKS.md); the bound leaves room for a slow and busy core."""
+    lengths = np.tile(chat_like(100_000, 2048), 5)
+    started = time.process_time()
+    Plan([lengths], [False], 2048, 64).step_rows(1000)
+    assert time.process_time() - started < 2
+
+
+def test_the_plan_of_a_small_epoch_never_changes():
+    """Runs that were tuned on it, the tiny world's among them, would learn from other batches."""
+    lengths = [np.random.Generator(np.random.PCG64(n)).integers(2, T, 500) for n in range(2)]
+    plan = Plan(lengths, [False, True], T, 4, seed=2)
+    digest = hashlib.sha256(np.ascontiguousarray(plan.epoch(1).documents, dtype="<i8").tobytes()).hexdigest()
+    assert digest[:16] == "55d605dcc0430b43"

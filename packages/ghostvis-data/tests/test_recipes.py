@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from ghostvis_data import (
@@ -14,6 +16,8 @@ from ghostvis_data import (
     tiny_world_folder,
     wilson,
 )
+from ghostvis_data.readers import SETS
+from ghostvis_data.recipes import NAMED, PHASES, RECIPES, describe_recipes, sets_folder
 
 SIZES = TinyWorldSizes(6, 5, 4, 3)
 
@@ -64,6 +68,105 @@ def test_a_built_folder_is_a_recipe_for_fine_tuning(tmp_path, write_jsonl):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no dataset"):
         open_recipe(tmp_path / "empty")
+
+
+def published(monkeypatch, tmp_path, write, *names):
+    """Data sets where named recipes look for them: a sample each."""
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path / "home"))
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for name in names:
+        write(sets_folder() / name, [Sample("s", turns)])
+
+
+def test_a_named_recipe_mixes_by_share_and_scores_each_set_by_its_task(tmp_path, monkeypatch, write):
+    published(monkeypatch, tmp_path, write, *NAMED["vision_sft"]["sft"], *NAMED["vision_sft"]["evaluate"])
+    recipe = open_recipe("vision_sft")
+    assert recipe.shares("sft") == [0.55, 0.25, 0.1, 0.1]
+    folders = [dataset.folder.parent.name for dataset in recipe.datasets("sft")]
+    assert folders == ["llava_instruct", "vqav2", "textvqa", "chartqa"]
+    assert {name: recipe.task_of(name).name for name in recipe.evaluations} == {
+        "vqav2/val": "vqav2",
+        "textvqa/val": "textvqa",
+        "chartqa/test": "chartqa",
+    }
+    assert recipe.baseline_of("chartqa/test") == sets_folder() / "chartqa" / "train"
+    assert "built" in describe_recipes()
+
+
+def test_a_named_recipe_without_its_sets_says_how_to_build_each(tmp_path, monkeypatch, write):
+    published(monkeypatch, tmp_path, write, "vqav2/train", "vqav2/val", "textvqa/train", "textvqa/val")
+    with pytest.raises(DataError) as error:
+        open_recipe("vision_sft")
+    home = tmp_path / "home" / "data" / "sets"
+    assert "needs 3 data sets that are not here: llava_instruct/train, chartqa/train, chartqa/test" in str(error.value)
+    assert f"ghostvis-data build chartqa {home / 'chartqa'}   # licence: GPL-3.0" in str(error.value)
+    assert f"ghostvis-data build llava_instruct {home / 'llava_instruct'} --root" in str(error.value)
+
+
+def test_every_named_recipe_has_shares_of_one_and_known_sets_tasks_and_phases():
+    assert set(RECIPES) == {"tiny_world", *NAMED}
+    for phases in NAMED.values():
+        for phase, listed in phases.items():
+            assert {name.split("/")[0] for name in listed} <= set(SETS)
+            if phase == "evaluate":
+                assert [get_task(task).name for task in listed.values()] == list(listed.values())
+            else:
+                assert phase in PHASES
+                assert sum(listed.values()) == pytest.approx(1.0)
+
+
+OWN_RECIPE = """
+[sft]
+"my_data/train" = 3
+"vqav2/train" = 1
+
+[evaluate]
+"my_data/val" = "yes_no.py"
+"vqav2/val" = "vqav2"
+"""
+
+
+def test_an_own_recipe_is_one_small_file(tmp_path, monkeypatch, write, chat):
+    published(monkeypatch, tmp_path, write, "vqav2/train", "vqav2/val")
+    for split in ("train", "val"):
+        write(tmp_path / "here" / "my_data" / split, [chat("s")])
+    (tmp_path / "here" / "mix.toml").write_text(OWN_RECIPE)
+    task = 'from ghostvis_data.tasks import *\nTASK = Task("yes_no", listed_questions, stripped, lambda a, q: 1.0)\n'
+    (tmp_path / "here" / "yes_no.py").write_text(task)
+    recipe = open_recipe(tmp_path / "here" / "mix.toml")
+    assert recipe.shares("sft") == [3, 1]
+    assert [dataset.folder for dataset in recipe.datasets("sft")] == [
+        tmp_path / "here" / "my_data" / "train",
+        sets_folder() / "vqav2" / "train",
+    ]
+    tasks = {name: recipe.task_of(name).name for name in recipe.evaluations}
+    assert tasks == {"my_data/val": "yes_no", "vqav2/val": "vqav2"}
+
+
+@pytest.mark.parametrize(
+    "content, pattern",
+    [
+        ("[sft", "not TOML"),
+        ("", "no phase"),
+        ("[soft]\na = 1", r"a table \[soft\][\s\S]*one of tokenizer"),
+        ("[sft]\n", "lists nothing"),
+        ('[sft]\n"d" = 0', r'"d" = 0[\s\S]*above 0'),
+        ('[sft]\n"d" = true', "a share of the tokens"),
+        ('[sft]\n"d" = 1\n[evaluate]\n"e" = 2', "the name of a task"),
+        ('[sft]\n"gone/train" = 1', r"1 data sets that are not here: gone/train[\s\S]*ghostvis-data build my\.jsonl"),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_used_says_why(tmp_path, content, pattern):
+    (tmp_path / "mix.toml").write_text(content)
+    with pytest.raises(DataError, match=pattern):
+        open_recipe(tmp_path / "mix.toml")
+
+
+def test_a_folder_of_a_published_set_is_scored_by_its_task(tmp_path, write, chat):
+    write(tmp_path / "gsm" / "train", [chat("a")])
+    source = {"version": 1, "splits": {"train": 1}, "source": {"name": "gsm8k"}}
+    (tmp_path / "gsm" / "dataset.json").write_text(json.dumps(source))
+    assert open_recipe(tmp_path / "gsm").task.name == "gsm8k"
 
 
 def test_evaluation_asks_each_question_alone_with_its_picture(tiny_world):

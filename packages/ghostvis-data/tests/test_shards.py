@@ -1,10 +1,12 @@
 import json
+import tarfile
 import threading
 
 import pytest
 from webdataset.compat import WebDataset
 
 from ghostvis_data import DataError, Dataset, Sample
+from ghostvis_data.tar import member_header
 
 
 @pytest.fixture
@@ -104,3 +106,10 @@ def test_a_sample_of_the_wrong_kind_is_refused(tmp_path, write, chat):
         write(tmp_path / "e", [chat("a", images=[b"GIF89a"])])
     assert len(write(tmp_path / "f", [Sample("x", text="y")], "text")) == 1
     assert len(write(tmp_path / "g", [])) == 0
+
+
+def test_member_headers_are_those_of_tarfile():
+    for name, size in (("000000000.json", 0), ("000012345.12.webp", 77_777_777), ("x" * 100, 8 * 1024**3 - 1)):
+        header = tarfile.TarInfo(name)
+        header.size = size
+        assert member_header(name, size) == header.tobuf(tarfile.USTAR_FORMAT)

@@ -1,3 +1,4 @@
+import json
 import threading
 from itertools import pairwise
 from typing import Any
@@ -190,3 +191,116 @@ def test_a_small_cache_changes_nothing_but_speed(mixed, tokenizer):
     with_cache, without = make(mixed, tokenizer), make(mixed, tokenizer, cache_bytes=0)
     for step in (0, 1, 0):
         assert all(map(equal, with_cache.micro_batches(step), without.micro_batches(step)))
+
+
+def damage(data, index, member=0, keep=0):
+    """Overwrite a member of a sample behind its first bytes."""
+    offset, size = data._members[data._first[index] + member].tolist()
+    path = data.folder / data._shard(index)["name"]
+    content = bytearray(path.read_bytes())
+    content[offset + keep : offset + size] = b"\0" * (size - keep)
+    path.write_bytes(content)
+
+
+def test_broken_samples_keep_their_places_are_counted_and_nothing_else_moves(mixed, tokenizer, caplog):
+    chats, _ = mixed
+    whole = make([chats], tokenizer)
+    sound = [batch for step in range(whole.steps(1)) for batch in whole.micro_batches(step, rows_per_micro_batch=1)]
+    with_images = [n for n in range(50) if chats.image_count(n)]
+    truncated, garbage, moved = with_images[0], with_images[5], with_images[9]
+    names = [chats.record(n).id for n in (truncated, garbage, moved)]
+    damage(chats, truncated, member=1, keep=30)  # half a picture
+    damage(chats, garbage)  # no JSON
+    data = Dataset(chats.folder)
+    data._members[data._first[moved]] += 512  # an index that lies
+    stream = make([data], tokenizer, skip_budget=3)
+    read = [batch for step in range(whole.steps(1)) for batch in stream.micro_batches(step, rows_per_micro_batch=1)]
+    for before, after in zip(sound, read, strict=True):
+        assert after.cu_seqlens.equal(before.cu_seqlens)
+        for old, new in zip(documents(before), documents(after), strict=True):
+            if old[0] in names:
+                assert (new[2] == -100).all()
+            else:
+                assert all(torch.equal(x, y) for x, y in zip(old[1:], new[1:], strict=True))
+    assert stream.stats().skipped == {"data": 2, "image": 1}
+    assert sum("skipped" in record.message for record in caplog.records) == 3
+
+
+def read_an_epoch(stream):
+    return [stream.micro_batches(step) for step in range(stream.steps(1))]
+
+
+def test_one_broken_sample_too_many_stops_the_run_and_says_which(mixed, tokenizer):
+    chats, _ = mixed
+    make([chats], tokenizer)  # lengths are counted before anything breaks
+    for index in (3, 4, 5):
+        damage(chats, index)
+    stream = make([Dataset(chats.folder)], tokenizer, skip_budget=2)
+    with pytest.raises(DataError, match=r"3 samples cannot be used: 3 data[\s\S]*at most 2"):
+        read_an_epoch(stream)
+    strict = make([Dataset(chats.folder)], tokenizer)
+    with pytest.raises(DataError, match="is not the JSON of a sample"):
+        read_an_epoch(strict)
+
+
+def test_samples_found_broken_while_counting_are_left_out_of_the_plan(mixed, tokenizer):
+    chats, _ = mixed
+    damage(chats, 7)
+    for _ in range(2):  # counted, then read from the kept lengths
+        stream = make([Dataset(chats.folder)], tokenizer, skip_budget=1)
+        assert stream.stats().skipped == {"data": 1}
+        assert 7 not in stream.plan.epoch(0).documents[:, 1]
+        assert len(stream.plan.epoch(0).documents) == 49
+    with pytest.raises(DataError, match="is not the JSON"):
+        make([Dataset(chats.folder)], tokenizer)
+
+
+def test_stats_tell_the_share_of_time_spent_waiting(mixed, tokenizer):
+    with make(mixed, tokenizer, prefetch_steps=1) as stream:
+        for step in range(4):
+            stream.micro_batches(step)
+        stats = stream.stats()
+    assert stats.first_batch_s > 0
+    assert 0 <= stats.waited_s <= stats.seconds
+    assert 0 <= stats.wait_share <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_eight_ranks_and_any_number_of_threads_share_one_small_shard(tmp_path, write, chat, png, tokenizer, threads):
+    data = write(tmp_path / "d", [chat(f"{n}", images=[png(n)]) for n in range(5)])
+    options = {"rows_per_step": 8, "threads": threads, "prefetch_steps": 2}
+    parts = []
+    for rank in range(8):
+        with make([data], tokenizer, **options) as stream:
+            parts += [stream.micro_batches(step, rank, 8)[0] for step in range(2)]
+    whole = make([data], tokenizer, rows_per_step=8)
+    for step in range(2):
+        rows = whole.micro_batches(step, rows_per_micro_batch=1)
+        assert all(equal(rows[rank], parts[2 * rank + step]) for rank in range(8))
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 3), (6, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(mixed, tokenizer, before, after):
+    """State of less than 1 KB; the global batches after it are those of the unbroken run."""
+    unbroken = make(mixed, tokenizer, rows_per_step=12)
+    stream = make(mixed, tokenizer, rows_per_step=12)
+    for rank in range(before):
+        stream.micro_batches(0, rank, before, 2)
+    state = json.loads(json.dumps(stream.state(1)))
+    resumed = make(mixed, tokenizer, rows_per_step=12)
+    step = resumed.restore(state)
+    whole = unbroken.micro_batches(step, rows_per_micro_batch=2)
+    parts = [resumed.micro_batches(step, rank, after, 2) for rank in range(after)]
+    together = [part[m] for m in range(6 // after) for part in parts]
+    assert all(equal(a, b) for a, b in zip(whole, together, strict=True))
+
+
+@pytest.mark.gpu
+def test_batches_that_were_copied_ahead_to_a_gpu_are_the_same(mixed, tokenizer):
+    here = make(mixed, tokenizer)
+    with make(mixed, tokenizer, device="cuda", prefetch_steps=2) as there:
+        for step in range(here.steps(2)):
+            for a, b in zip(here.micro_batches(step), there.micro_batches(step), strict=True):
+                assert b.ids.is_cuda
+                assert b.images.is_cuda
+                assert equal(a, b.to("cpu"))

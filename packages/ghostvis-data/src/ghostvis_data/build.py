@@ -1,24 +1,49 @@
-"""From a JSONL and its images to data sets on disk, all or nothing."""
+"""From a source to data sets on disk: by any number of processes the same bytes, and after an interruption it goes on.
+
+The survey of a source lists parts; each part becomes a small data set of its own in a temporary folder, finished when
+its manifest is there. When all are finished their shards are renamed into one data set per split, and the folder
+appears under its name. A second run of the same build finds the finished parts and does the others.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import multiprocessing
 import os
+import shutil
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ghostvis_data.errors import DataError, explain
-from ghostvis_data.files import locked, new_folder
-from ghostvis_data.shards import SHARD_BYTES, VERSION, Kind, Sample, ShardWriter, write_manifest
-from ghostvis_data.sources import MAX_SIDE, BadLine, Line, load_sample, read_lines
+from ghostvis_data.files import MANIFEST, atomic_write, building_folder, locked, publish, refuse_full
+from ghostvis_data.hub import fetch
+from ghostvis_data.pictures import MAX_SIDE
+from ghostvis_data.readers import published
+from ghostvis_data.readers.base import (
+    UNLIKE,
+    BadLine,
+    Draft,
+    Part,
+    Survey,
+    SurveyOptions,
+    finish,
+    not_as_published,
+)
+from ghostvis_data.readers.own import survey_jsonl
+from ghostvis_data.shards import SHARD_BYTES, VERSION, Kind, Sample, ShardWriter, read_manifest, write_manifest
 
 VAL_FRACTION = 0.1
+CONVERTER = (
+    1  # raise it when the same source gives other bytes: an interrupted build of the old one is not gone on with
+)
 LISTED = 20  # bad lines printed; the count says how many there are
+STATE = "build.json"  # in the temporary folder: which build it belongs to
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 T = TypeVar("T")
@@ -36,17 +61,6 @@ class BuildReport:
     left_out: list[BadLine]
 
 
-@dataclass(frozen=True)
-class Survey:
-    """A JSONL read once, without its images."""
-
-    lines: list[tuple[int, str]]
-    """(line number, id) of every line that has the form of a sample."""
-    bad: list[BadLine]
-    kind: Kind
-    sha256: str
-
-
 def build_jsonl(
     source: str | Path,
     folder: str | Path,
@@ -55,13 +69,12 @@ def build_jsonl(
     skip_bad: bool = False,
     max_side: int = MAX_SIDE,
     shard_bytes: int = SHARD_BYTES,
+    processes: int = 1,
     on_progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the data sets `folder/train` and `folder/val` from a JSONL (schema: `ghostvis_data.sources`).
+    """Build the data sets `folder/train` and `folder/val` from a JSONL (schema: `ghostvis_data.readers.own`).
 
-    The same lines and images give the same bytes. A sample goes to `val` by a hash of its id, so it stays there when
-    other lines come and go; both splits get at least one sample where there are two. The folder appears whole or not
-    at all.
+    Which samples go to `val` depends on their ids alone; both splits get at least one sample where there are two.
 
     Args:
         source: the JSONL.
@@ -69,7 +82,8 @@ def build_jsonl(
         val_fraction: share of the samples that goes to `val`, from 0 (no `val`) to below 1.
         skip_bad: build what can be built and list the rest in `dataset.json`, instead of refusing.
         max_side: pictures with a longer side are scaled down to it, in pixels; 0 stores them as they are.
-        shard_bytes: size at which a shard is closed.
+        shard_bytes: about how large a shard becomes.
+        processes: how many work at once; the result is the same.
         on_progress: called with (samples done, samples in all).
 
     Raises:
@@ -80,101 +94,289 @@ def build_jsonl(
         raise DataError(
             explain(f"a validation share of {val_fraction}.", expected="from 0 to below 1", next_step="0.1")
         )
-    survey = survey_jsonl(source)
-    facts: dict[str, Any] = {"name": "jsonl", "file": source.name, "sha256": survey.sha256}
-    facts |= {"val_fraction": val_fraction, "max_side": max_side}
-    bad, images_seen = list(survey.bad), False
-    while True:  # a second turn only when images turned out bad and are to be left out
-        excluded = {line.line for line in bad}
-        chosen = [entry for entry in survey.lines if entry[0] not in excluded]
-        if (bad and not skip_bad) or not chosen:
-            if not images_seen:  # one list of everything to mend
-                bad += [s for s in _samples(source, chosen, max_side, None) if isinstance(s, BadLine)]
-            raise refusal(source, folder, bad, len(survey.lines) + len(survey.bad))
-        held_out = _held_out(chosen, val_fraction)
-        try:
-            with locked(folder), new_folder(folder) as building:
-                splits = ("train", "val") if held_out else ("train",)
-                writers = {s: ShardWriter(building / s, survey.kind, facts | {"split": s}, shard_bytes) for s in splits}
-                _write(writers, held_out, _samples(source, chosen, max_side, on_progress))
-                counts = {split: writer.samples for split, writer in writers.items()}
-                left_out = [{"line": line.line, "id": line.id, "found": line.found} for line in bad]
-                root = {"version": VERSION, "splits": counts, "source": facts, "left_out": left_out}
-                write_manifest(building, root)
-            return BuildReport(folder, counts, sum(writer.images for writer in writers.values()), bad)
-        except _BadImages as error:
-            bad, images_seen = sorted([*bad, *error.lines], key=lambda line: line.line), True
+    options: dict[str, Any] = {"skip_bad": skip_bad, "max_side": max_side, "shard_bytes": shard_bytes}
+    options |= {"processes": processes, "on_progress": on_progress}
+    survey = survey_jsonl(source, val_fraction, shard_bytes)
+    try:
+        return build_survey(survey, folder, **options)
+    except _SplitIsEmpty as error:  # every sample of a split had a bad image: share the others out again
+        found = error.bad
+        survey = survey_jsonl(source, val_fraction, shard_bytes, frozenset(line.line for line in found))
+        survey.bad = sorted([*survey.bad, *found], key=lambda line: line.line)
+        return build_survey(survey, folder, **options)
 
 
-class _BadImages(Exception):
-    """Some images cannot be read: this attempt is taken back."""
+def build_published(
+    name: str,
+    folder: str | Path,
+    *,
+    root: str | Path | None = None,
+    revision: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    val_fraction: float = 0.0,
+    skip_bad: bool = False,
+    decode: bool = False,
+    max_side: int = MAX_SIDE,
+    shard_bytes: int = SHARD_BYTES,
+    processes: int = 1,
+    on_progress: Progress | None = None,
+) -> BuildReport:
+    """Build a published data set (`ghostvis_data.readers.SETS`), one folder per split.
 
-    def __init__(self, lines: list[BadLine]) -> None:
-        super().__init__(f"{len(lines)} bad lines")
-        self.lines = lines
-
-
-def _write(writers: dict[str, ShardWriter], held_out: set[str], samples: Iterable[Sample | BadLine]) -> None:
-    """Write every sample to its split and finish the splits, unless a sample is bad: then none counts."""
-    found = []
-    for sample in samples:
-        if isinstance(sample, BadLine):
-            found.append(sample)
-        elif not found:
-            writers["val" if sample.id in held_out else "train"].write(sample)
-    if found:
-        raise _BadImages(found)
-    for writer in writers.values():
-        writer.finish()
-
-
-def survey_jsonl(source: Path) -> Survey:
-    """Read every line once, without images.
+    Args:
+        name: of the set.
+        folder: must not exist yet, or be empty.
+        root: the folder that holds the published files; None fetches them from the Hugging Face hub.
+        revision: of the hub's repository; None takes the newest, and the manifest names it.
+        splits: those to build; None for all with public answers.
+        val_fraction: share of the training samples that becomes `val`, where the set has none of its own.
+        decode: decode every picture to see that it can be, instead of reading its header and its end only.
+        skip_bad, max_side, shard_bytes, processes, on_progress: as of `build_jsonl`.
 
     Raises:
-        DataError: no such file, or nothing in it.
+        DataError: no such set, files that are not there or not as published, bad rows without `skip_bad`.
     """
-    lines, bad, kind = [], [], None
-    for line in read_lines(source):
-        if isinstance(line, BadLine):
-            bad.append(line)
-        else:
-            kind = kind or line.kind
-            lines.append((line.line, line.id))
-    if not lines and not bad:
-        raise DataError(explain(f"{source} has no lines.", expected="one JSON object per line", likely="an empty file"))
-    with open(source, "rb") as file:
-        return Survey(lines, bad, kind or "chat", hashlib.file_digest(file, "sha256").hexdigest())
+    options = SurveyOptions(splits, val_fraction, shard_bytes)
+    survey = survey_published(name, root, options, revision)
+    survey.decode = decode
+    return build_survey(
+        survey,
+        Path(folder),
+        skip_bad=skip_bad,
+        max_side=max_side,
+        shard_bytes=shard_bytes,
+        processes=processes,
+        on_progress=on_progress,
+    )
 
 
-def refusal(source: Path, folder: Path | None, bad: list[BadLine], total: int) -> DataError:
-    """The error that lists the bad lines of a JSONL."""
-    bad = sorted(bad, key=lambda line: line.line)
+def survey_published(name: str, root: str | Path | None, options: SurveyOptions, revision: str | None = None) -> Survey:
+    """The survey of a published set. Arguments and errors are those of `build_published`."""
+    of = published(name)
+    facts: dict[str, Any] = {"licence": of.licence}
+    if root is None:
+        root, facts["revision"] = fetch(name, of, revision)
+        facts["hub"] = of.hub
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(
+            explain(
+                f"there is no folder {root}.",
+                expected=f"the folder that holds the published files of {name}",
+                next_step=f"ghostvis-data build {name} OUT --root FOLDER",
+            )
+        )
+    try:
+        survey = of.survey(root, options)
+    except UNLIKE as error:
+        raise not_as_published(f"a record of {name} below {root}", error) from error
+    survey.facts |= facts
+    survey.root = root
+    return survey
+
+
+def build_survey(
+    survey: Survey,
+    folder: Path,
+    *,
+    skip_bad: bool = False,
+    max_side: int = MAX_SIDE,
+    shard_bytes: int = SHARD_BYTES,
+    processes: int = 1,
+    on_progress: Progress | None = None,
+) -> BuildReport:
+    """Build `folder/SPLIT` for each split of a survey. The arguments are those of `build_jsonl`.
+
+    Raises:
+        DataError: bad rows (the first 20 are listed) without `skip_bad`, nothing to build, a folder that is not empty.
+    """
+    if survey.bad and not skip_bad and survey.decode:  # one list of everything to mend
+        bad = survey.bad + [b for part in _all_parts(survey) for b in part_problems(part, max_side, survey)]
+        raise refusal(survey, folder, bad)
+    if (survey.bad and not skip_bad) or not survey.samples:
+        raise refusal(survey, folder, survey.bad)
+    facts = survey.facts | {"max_side": max_side, "converter": CONVERTER}
+    with locked(folder):
+        refuse_full(folder)
+        building = building_folder(folder)
+        jobs = [
+            _Job(building / "parts" / f"{split}-{number:05d}", survey.kind, facts | {"split": split}, part, options)
+            for options in [_Options(max_side, survey.decode, 2 * shard_bytes, _threads(processes))]
+            for split, parts in survey.parts.items()
+            for number, part in enumerate(parts)
+        ]
+        try:
+            _open_building(building, f"{survey.fingerprint} {survey.decode} {max_side} {shard_bytes} {CONVERTER}")
+            bad = _run(jobs, processes, survey.samples, on_progress)
+            if bad and not skip_bad:
+                _drop_parts_with_bad(jobs)
+                raise refusal(survey, folder, bad)
+            report = _join(survey, folder, building, facts, jobs, sorted([*survey.bad, *bad], key=_place))
+        except KeyboardInterrupt:
+            raise  # what is finished stays: the same command goes on from there
+        except BaseException:
+            if _finished_bytes(jobs) < shard_bytes:  # else it is worth going on from
+                shutil.rmtree(building, ignore_errors=True)
+            raise
+        publish(building, folder)
+        return report
+
+
+def part_problems(part: Part, max_side: int, survey: Survey) -> list[BadLine]:
+    """What is wrong in a part, found by reading all of it."""
+    drafts = part.drafts(part.payload)
+    samples = (finish(d, max_side, decode=survey.decode) if isinstance(d, Draft) else d for d in drafts)
+    return [sample for sample in samples if isinstance(sample, BadLine)]
+
+
+def refusal(survey: Survey, folder: Path | None, bad: list[BadLine]) -> DataError:
+    """The error that lists the bad lines or rows of a source."""
+    bad = sorted(bad, key=_place)
+    total = survey.samples + len(survey.bad)
     verb = "cannot be built; nothing was written" if folder else "are bad"
-    rows = [f"ghostvis: {len(bad):,} of {total:,} lines of {source} {verb}.", *(str(line) for line in bad[:LISTED])]
+    rows = [f"ghostvis: {len(bad):,} of {total:,} lines of {survey.name} {verb}."]
+    rows += [str(line) for line in bad[:LISTED]]
     if len(bad) > LISTED:
         rows.append(f"  ... and {len(bad) - LISTED:,} more")
-    rows.append("  try      mend or delete these lines, then run the command again")
+    rows.append(f"  try      mend or delete these lines; ghostvis-data check {survey.arguments} lists what is wrong")
     if folder and len(bad) < total:
-        rows.append(f"           or leave them out: ghostvis-data build {source} {folder} --skip-bad")
+        arguments = survey.arguments.replace(survey.name, f"{survey.name} {folder}", 1)
+        rows.append(f"           or leave them out: ghostvis-data build {arguments} --skip-bad")
     return DataError("\n".join(rows))
 
 
-def _samples(
-    source: Path, chosen: list[tuple[int, str]], max_side: int, on_progress: Progress | None
-) -> Iterator[Sample | BadLine]:
-    """The samples (or what is wrong with them) of the chosen lines, in order; images are read by several threads."""
-    numbers = {number for number, _ in chosen}
-    lines = (line for line in read_lines(source) if isinstance(line, Line) and line.line in numbers)
-    for done, sample in enumerate(_in_order(lambda line: load_sample(line, source.parent, max_side), lines), 1):
-        yield sample
+class _SplitIsEmpty(Exception):
+    """A split came out empty, because all of its samples are bad."""
+
+    def __init__(self, bad: list[BadLine]) -> None:
+        super().__init__(f"{len(bad)} bad lines")
+        self.bad = bad
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_side: int
+    decode: bool
+    shard_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    folder: Path
+    kind: Kind
+    facts: dict[str, Any]
+    part: Part
+    options: _Options
+
+
+def _all_parts(survey: Survey) -> Iterator[Part]:
+    return (part for parts in survey.parts.values() for part in parts)
+
+
+def _threads(processes: int) -> int:
+    """Threads of one process that read pictures, so that all together use the machine."""
+    return min(8, max(1, (os.cpu_count() or 1) // processes))
+
+
+def _place(line: BadLine) -> tuple[str, int]:
+    return line.file, line.line
+
+
+def _open_building(building: Path, build: str) -> None:
+    """Keep what an interrupted run of the same build has finished; anything else of ours there is removed."""
+    state = building / STATE
+    if not state.is_file() or json.loads(state.read_text())["build"] != build:
+        shutil.rmtree(building, ignore_errors=True)
+        (building / "parts").mkdir(parents=True)
+        atomic_write(state, json.dumps({"build": build}).encode())
+
+
+def _run(jobs: list[_Job], processes: int, total: int, on_progress: Progress | None) -> list[BadLine]:
+    """Do the jobs that are not finished; the bad lines of all, in order."""
+    todo = [job for job in jobs if not (job.folder / MANIFEST).exists()]
+    done = total - sum(job.part.samples for job in todo)
+
+    def tell(count: int) -> None:
         if on_progress:
-            on_progress(done, len(numbers))
+            on_progress(min(done + count, total), total)
+
+    if processes > 1 and len(todo) > 1:
+        _run_in_processes(todo, min(processes, len(todo)), tell)
+    else:
+        count = 0
+        for job in todo:
+            for _ in _write_part(job):
+                count += 1
+                tell(count)
+    return [BadLine(**line) for job in jobs for line in read_manifest(job.folder)["bad"]]
 
 
-def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def _run_in_processes(jobs: list[_Job], processes: int, tell: Callable[[int], None]) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(counter,)) as pool:
+        waiting: set[Future[None]] = {pool.submit(_write_part_here, job) for job in jobs}
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                tell(counter.value)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)  # each process finishes the part it is at
+            raise
+
+
+_counter: Any = None  # of the process, set when it starts: samples done by all of them
+
+
+def _start_process(counter: Any) -> None:
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides what Ctrl-C stops
+
+
+def _write_part_here(job: _Job) -> None:
+    count = 0
+    for _ in _write_part(job):
+        count += 1
+        if count == 100:
+            _add(count)
+            count = 0
+    _add(count)
+
+
+def _add(count: int) -> None:
+    with _counter.get_lock():
+        _counter.value += count
+
+
+def _write_part(job: _Job) -> Iterator[None]:
+    """Write the data set of a part; one None for each sample, good or bad."""
+    shutil.rmtree(job.folder, ignore_errors=True)  # what a killed process left
+    options, bad = job.options, []
+
+    def finished(draft: Draft | BadLine) -> Sample | BadLine:
+        return finish(draft, options.max_side, decode=options.decode) if isinstance(draft, Draft) else draft
+
+    drafts = job.part.drafts(job.part.payload)
+    threads = options.threads if options.decode else 1  # reading alone gains nothing from threads
+    writer = ShardWriter(job.folder, job.kind, job.facts, options.shard_bytes, first=job.part.first)
+    for sample in in_order(finished, drafts, threads):
+        if isinstance(sample, BadLine):
+            bad.append(vars(sample))
+        else:
+            writer.write(sample)
+        yield
+    writer.finish(bad=bad)
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """`work` of each item by a few threads, in the order of the items, never far ahead of the reader."""
-    threads = min(8, os.cpu_count() or 1)
+    if threads == 1:
+        yield from map(work, items)
+        return
     items = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[R]] = deque(pool.submit(work, item) for item in islice(items, 4 * threads))
@@ -183,11 +385,55 @@ def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             waiting.extend(pool.submit(work, item) for item in islice(items, 1))
 
 
-def _held_out(lines: list[tuple[int, str]], fraction: float) -> set[str]:
-    """The ids for validation: those whose hash lies below `fraction`; never none, never all, of two or more."""
-    place = {identity: int(hashlib.sha256(identity.encode()).hexdigest()[:12], 16) / 16**12 for _, identity in lines}
-    if fraction == 0 or len(place) < 2:
-        return set()
-    ordered = sorted(place, key=lambda identity: (place[identity], identity))
-    below = sum(value < fraction for value in place.values())
-    return set(ordered[: min(max(1, below), len(ordered) - 1)])
+def _finished_bytes(jobs: list[_Job]) -> int:
+    manifests = [read_manifest(job.folder) for job in jobs if (job.folder / MANIFEST).exists()]
+    return sum(shard["bytes"] for manifest in manifests for shard in manifest["shards"])
+
+
+def _drop_parts_with_bad(jobs: list[_Job]) -> None:
+    """Forget the parts with bad lines, so that they are read again when they have been mended."""
+    for job in jobs:
+        if read_manifest(job.folder)["bad"]:
+            shutil.rmtree(job.folder)
+
+
+def _join(
+    survey: Survey, folder: Path, building: Path, facts: dict[str, Any], jobs: list[_Job], bad: list[BadLine]
+) -> BuildReport:
+    """Make one data set per split of the finished parts: by renames, so that it can be done again if it is stopped."""
+    counts, images = {}, 0
+    for split in survey.parts:
+        parts = [job.folder for job in jobs if job.facts["split"] == split]
+        manifests = [read_manifest(part) for part in parts]
+        counts[split] = sum(manifest["samples"] for manifest in manifests)
+        images += sum(manifest["images"] for manifest in manifests)
+    if not all(counts.values()):
+        if survey.name.endswith(".jsonl") and any(counts.values()):
+            raise _SplitIsEmpty(bad)
+        raise refusal(survey, folder, bad)
+    for split in survey.parts:
+        _join_split(building / split, [job.folder for job in jobs if job.facts["split"] == split])
+    left_out = [{"line": line.line, "id": line.id, "found": line.found} for line in bad]
+    left_out = [entry | ({"file": line.file} if line.file else {}) for entry, line in zip(left_out, bad, strict=True)]
+    write_manifest(building, {"version": VERSION, "splits": counts, "source": facts, "left_out": left_out})
+    shutil.rmtree(building / "parts")
+    (building / STATE).unlink()
+    return BuildReport(folder, counts, images, bad)
+
+
+def _join_split(target: Path, parts: list[Path]) -> None:
+    target.mkdir(exist_ok=True)
+    shards: list[dict[str, Any]] = []
+    samples = images = 0
+    manifest: dict[str, Any] = {}
+    for part in parts:
+        manifest = read_manifest(part)
+        samples, images = samples + manifest["samples"], images + manifest["images"]
+        for shard in manifest["shards"]:
+            old, new = Path(shard["name"]).stem, f"shard-{len(shards):06d}"
+            for file in sorted(part.glob(f"{old}.*")):
+                os.replace(file, target / file.name.replace(old, new, 1))
+            shards.append(shard | {"name": shard["name"].replace(old, new, 1)})
+    manifest |= {"samples": samples, "images": images, "shards": shards}
+    del manifest["bad"]
+    write_manifest(target, manifest)

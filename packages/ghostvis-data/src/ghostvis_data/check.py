@@ -1,26 +1,35 @@
-"""What is in a JSONL or in a data set, and what is wrong with it, before a GPU is rented."""
+"""What is in a source or in a data set, and what is wrong with it, before a GPU is rented."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from ghostvis_data.build import refusal, survey_jsonl
+from ghostvis_data.build import in_order, refusal
 from ghostvis_data.errors import DataError, explain
-from ghostvis_data.files import MANIFEST
+from ghostvis_data.files import atomic_write
+from ghostvis_data.overlap import Held, text_of
+from ghostvis_data.pictures import MAX_SIDE
+from ghostvis_data.readers.base import BadLine, Draft, Survey, finish
 from ghostvis_data.rendering import name_of, render_sample
-from ghostvis_data.shards import Dataset, Sample, read_manifest
-from ghostvis_data.sources import BadLine, Line, load_sample, read_lines
+from ghostvis_data.shards import Dataset, Sample, image_extension, read_manifest
 from ghostvis_model.chat import show
+from ghostvis_model.conversation import RenderError
 from ghostvis_model.images import ImageError, load_image
 from ghostvis_model.tokenizer import Tokenizer
 
-TILE_PX = 224
-CAPTION_LINES = 5
+LISTED = 20
+EVALUATION_SPLITS = ("val", "test", "dev", "validation", "combinations")
+THREADS = 8  # Pillow decodes without holding the interpreter
+_DUPLICATES_NAMED = 3
+
+Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
 
 @dataclass
@@ -29,32 +38,56 @@ class Findings:
 
     folder: str
     samples: int = 0
+    turns: int = 0
+    """Answers of the assistant."""
     images: int = 0
     image_bytes: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
     sides: list[int] = field(default_factory=list)
     """The longer side of each image, pixels."""
+    images_per_sample: Counter[int] = field(default_factory=Counter)
+    characters: int = 0
+    """Of all texts."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each sample; empty without a tokenizer."""
     trained: int = 0
     """Tokens that the loss counts."""
+    repeated_images: int = 0
+    """Images that are stored in an earlier sample, too."""
+    repeated: list[str] = field(default_factory=list)
+    """A line for each sample that is equal to an earlier one."""
+    lookalikes: list[str] = field(default_factory=list)
+    """A line for each image that looks like one of the evaluation; flat pictures may by chance."""
     problems: list[str] = field(default_factory=list)
-    """A line for each sample that is broken or has nothing to train on."""
+    """A line for each sample that is broken, has nothing to train on, or is part of the evaluation."""
 
     def report(self) -> str:
         """The findings as lines for the terminal."""
         lines = [f"{self.folder}: {self.samples:,} samples, {self.images:,} images"]
+        if self.turns:
+            lines.append(f"  turns    {self.turns:,} answers, {self.turns / self.samples:.1f} per sample")
         if self.sides:
             low, middle, high = (int(v) for v in np.percentile(self.sides, (0, 50, 100)))
             size = self.image_bytes / self.images / 1000
-            lines.append(f"  images   longer side {low} to {high} px, median {middle}; {size:,.1f} KB each")
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.formats.most_common())
+            lines.append(f"  images   longer side {low} to {high} px, median {middle}; {size:,.1f} KB each; {kinds}")
+            most = ", ".join(f"{count:,} with {n}" for n, count in sorted(self.images_per_sample.items())[:6])
+            lines.append(f"           samples: {most}")
+        lines.append(
+            f"  text     {self.characters:,} characters, {self.characters / max(1, self.samples):,.0f} per sample"
+        )
         if self.lengths:
             low, middle, p99, high = (int(v) for v in np.percentile(self.lengths, (0, 50, 99, 100)))
             share = self.trained / sum(self.lengths)
             lines.append(f"  tokens   {sum(self.lengths):,} in all, {self.trained:,} trained on ({share:.0%})")
             lines.append(f"  lengths  {low} to {high}, median {middle}, 99 % at most {p99}")
-        lines += [f"  problem  {problem}" for problem in self.problems[:20]]
-        if len(self.problems) > 20:
-            lines.append(f"  ... and {len(self.problems) - 20:,} more problems")
+        if self.repeated_images:
+            lines.append(f"  repeated {self.repeated_images:,} images that an earlier sample has, too")
+        lines += _some("repeated", f"{len(self.repeated):,} samples equal to an earlier one", self.repeated)
+        lines += _some("alike", f"{len(self.lookalikes):,} images look like held-out ones", self.lookalikes)
+        lines += [f"  problem  {problem}" for problem in self.problems[:LISTED]]
+        if len(self.problems) > LISTED:
+            lines.append(f"  ... and {len(self.problems) - LISTED:,} more problems")
         return "\n".join(lines)
 
 
@@ -68,123 +101,224 @@ def split_folders(folder: Path) -> list[Path]:
     return [folder / split for split in manifest["splits"]] if "splits" in manifest else [folder]
 
 
-def check_dataset(dataset: Dataset, tokenizer: Tokenizer | None = None, tokens_per_image: int = 64) -> Findings:
+def check_folder(
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    tokens_per_image: int = 64,
+    against: list[Path] | None = None,
+    on_progress: Progress | None = None,
+) -> list[Findings]:
+    """`check_dataset` of every split; those to train on are compared with those to evaluate, and with `against`.
+
+    Raises:
+        DataError: no data set, or a damaged shard (named).
+    """
+    splits = split_folders(folder)
+    held = Held()
+    for outside in against or ():
+        for split in split_folders(outside):
+            held.add(Dataset(split))
+    for split in splits:
+        if split.name in EVALUATION_SPLITS and len(splits) > 1:
+            held.add(Dataset(split))
+    total, done, findings = sum(len(Dataset(split)) for split in splits), 0, []
+    for split in splits:
+        dataset = Dataset(split)
+        trained_on = split.name not in EVALUATION_SPLITS or len(splits) == 1
+        tell = (lambda count, before=done: on_progress(before + count, total)) if on_progress else None
+        findings.append(check_dataset(dataset, tokenizer, tokens_per_image, held if trained_on else None, tell))
+        done += len(dataset)
+    return findings
+
+
+def check_dataset(
+    dataset: Dataset,
+    tokenizer: Tokenizer | None = None,
+    tokens_per_image: int = 64,
+    held: Held | None = None,
+    on_sample: Callable[[int], None] | None = None,
+) -> Findings:
     """Compare checksums, decode every image, render every sample (with a tokenizer), and count.
+
+    Args:
+        dataset: what to check.
+        tokenizer: None leaves tokens and supervision out.
+        tokens_per_image: of the model that will read the data.
+        held: what is held out for evaluation and must not be in here.
+        on_sample: called with the number of samples done.
 
     Raises:
         DataError: a shard is damaged (named).
     """
     dataset.verify()
     findings = Findings(str(dataset.folder))
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        findings.samples += 1
-        for number, content in enumerate(sample.images):
-            findings.images += 1
-            findings.image_bytes += len(content)
-            try:
-                findings.sides.append(max(load_image(content).size))
-            except ImageError as error:
-                reason = str(error).splitlines()[0].removeprefix("ghostvis: ")
-                findings.problems.append(f"{name_of(dataset, sample)}, image {number}: {reason}")
+    samples: dict[bytes, str] = {}
+    images: set[bytes] = set()
+    looks = held is not None and held.wants_looks
+    looked = in_order(lambda index: _look(dataset[index], looks), range(len(dataset)), THREADS)
+    for index, (sample, pictures) in enumerate(looked):
+        name = name_of(dataset, sample)
+        _count(findings, sample, name, pictures)
+        text = text_of(sample)
+        digest = hashlib.sha256("\0".join([text, *(p.digest.hex() for p in pictures)]).encode()).digest()
+        if digest in samples:
+            findings.repeated.append(f"{sample.id} is {samples[digest]} again")
+        samples.setdefault(digest, sample.id)
+        findings.repeated_images += sum(picture.digest in images for picture in pictures)
+        images.update(picture.digest for picture in pictures)
+        if held is not None:
+            for problem in held.found(sample, [picture.digest for picture in pictures], text):
+                findings.problems.append(f"{name}: {problem}")
+            for number, picture in enumerate(pictures):
+                twin = held.alike(picture.look)
+                if twin and not held.has_image(picture.digest):
+                    findings.lookalikes.append(f"image {number} of {sample.id} and {twin}")
         if tokenizer is not None:
-            rendered = render_sample(dataset, index, tokenizer, tokens_per_image)
-            findings.lengths.append(len(rendered.ids))
-            findings.trained += sum(rendered.mask)
-            if not any(rendered.mask):
-                findings.problems.append(f"{name_of(dataset, sample)}: no token to train on")
+            _render(findings, dataset, index, tokenizer, tokens_per_image, name)
+        if on_sample:
+            on_sample(index + 1)
     return findings
 
 
-def check_jsonl(path: Path, max_side: int) -> str:
-    """Check every line and image of a JSONL; the counts as a line.
+class Picture(NamedTuple):
+    """What is known of a stored image."""
+
+    digest: bytes  # sha256 of the file
+    side: int  # longer side, pixels; 0 if it cannot be read
+    problem: str
+    look: int | None  # see `overlap.look_of`
+
+
+def _look(sample: Sample, looks: bool) -> tuple[Sample, list[Picture]]:
+    pictures = []
+    for content in sample.images:
+        digest = hashlib.sha256(content).digest()
+        try:
+            image = load_image(content)
+            pictures.append(Picture(digest, max(image.size), "", Held.look_of(image) if looks else None))
+        except ImageError as error:
+            reason = str(error).splitlines()[0].removeprefix("ghostvis: ")
+            pictures.append(Picture(digest, 0, reason, None))
+    return sample, pictures
+
+
+def _count(findings: Findings, sample: Sample, name: str, pictures: list[Picture]) -> None:
+    findings.samples += 1
+    findings.turns += sum(message["role"] == "assistant" for message in sample.messages or ())
+    findings.characters += len(text_of(sample))
+    findings.images_per_sample[len(pictures)] += 1
+    for number, (picture, content) in enumerate(zip(pictures, sample.images, strict=True)):
+        findings.images += 1
+        findings.image_bytes += len(content)
+        findings.formats[image_extension(content) or "other"] += 1
+        if picture.problem:
+            findings.problems.append(f"{name}, image {number}: {picture.problem}")
+        else:
+            findings.sides.append(picture.side)
+
+
+def _render(
+    findings: Findings, dataset: Dataset, index: int, tokenizer: Tokenizer, tokens_per_image: int, name: str
+) -> None:
+    try:
+        rendered = render_sample(dataset, index, tokenizer, tokens_per_image)
+    except RenderError as error:
+        findings.problems.append(f"{name}: {str(error).splitlines()[0].removeprefix('ghostvis: ')}")
+        return
+    findings.lengths.append(len(rendered.ids))
+    findings.trained += sum(rendered.mask)
+    if not any(rendered.mask):
+        findings.problems.append(f"{name}: no token to train on")
+
+
+def _some(what: str, count: str, lines: list[str]) -> list[str]:
+    if not lines:
+        return []
+    return [f"  {what:<8} {count}; first: {'; '.join(lines[:_DUPLICATES_NAMED])}"]
+
+
+def check_source(survey: Survey, on_progress: Progress | None = None, listing: Path | None = None) -> str:
+    """Read every line or row and image of a source, as building it would; the counts as a line.
+
+    Args:
+        survey: of the source.
+        on_progress: called with (samples done, samples in all).
+        listing: a file for all bad lines, one each: file, line, id, what was found, between tabs.
 
     Raises:
         DataError: bad lines; the first 20 are listed.
     """
-    survey = survey_jsonl(path)
-    bad, images = list(survey.bad), 0
-    for line in read_lines(path):
-        if isinstance(line, Line):
-            sample = load_sample(line, path.parent, max_side)
-            if isinstance(sample, BadLine):
-                bad.append(sample)
-            else:
-                images += len(sample.images)
+    bad, samples, images = list(survey.bad), 0, 0
+    for parts in survey.parts.values():
+        for part in parts:
+            drafts = part.drafts(part.payload)
+            read = in_order(
+                lambda d: finish(d, MAX_SIDE, decode=survey.decode) if isinstance(d, Draft) else d, drafts, THREADS
+            )
+            for sample in read:
+                if isinstance(sample, BadLine):
+                    bad.append(sample)
+                else:
+                    samples, images = samples + 1, images + len(sample.images)
+                if on_progress:
+                    on_progress(min(samples + len(bad), survey.samples), survey.samples)
+    if bad and listing:
+        rows = (f"{line.file or survey.name}\t{line.line}\t{line.id}\t{line.found}" for line in bad)
+        atomic_write(listing, "".join(f"{row}\n" for row in rows).encode())
     if bad:
-        raise refusal(path, None, bad, len(survey.lines) + len(survey.bad))
-    return f"{path}: {len(survey.lines):,} {survey.kind} samples, {images:,} images, nothing wrong"
+        raise refusal(survey, None, bad)
+    return f"{survey.name}: {samples:,} {survey.kind} samples, {images:,} images, nothing wrong"
 
 
 def show_sample(folder: Path, identity: str, tokenizer: Tokenizer, tokens_per_image: int, *, colour: bool) -> str:
     """One sample as the model reads it: tokens, ids and the loss mask.
 
+    Args:
+        folder: a data set, or a folder of splits.
+        identity: the id of the sample; or its number in its split, from 0, where no id is equal to it.
+        tokenizer: of the model.
+        tokens_per_image: of the model.
+        colour: trained tokens green on a terminal.
+
     Raises:
-        DataError: no sample of this id.
+        DataError: no sample of this id or number.
     """
+    for split, dataset, index in _candidates(folder, identity):
+        sample = dataset[index]
+        rendered = render_sample(dataset, index, tokenizer, tokens_per_image)
+        sizes = ", ".join(f"{n} ({_size(content)})" for n, content in enumerate(sample.images)) or "none"
+        header = (
+            f"{split}#{sample.id}, number {index}; images: {sizes}; {sum(rendered.mask)} of {len(rendered.ids)} tokens"
+        )
+        return f"{header} trained on\n{show(rendered, tokenizer, colour=colour)}"
+    splits = split_folders(folder)
+    first = Dataset(splits[0]).record(0).id
+    raise DataError(
+        explain(
+            f"{folder} has no sample {identity!r}.",
+            expected=f"an id such as {first!r}, or a number below {max(len(Dataset(split)) for split in splits):,}",
+            next_step=f"ghostvis-data check {folder} --sample {first}",
+        )
+    )
+
+
+def _candidates(folder: Path, identity: str) -> Iterator[tuple[Path, Dataset, int]]:
+    """Samples with this id; then those with this number."""
     for split in split_folders(folder):
         dataset = Dataset(split)
         for index in range(len(dataset)):
             if dataset.record(index).id == identity:
-                rendered = render_sample(dataset, index, tokenizer, tokens_per_image)
-                return f"{split}#{identity}\n{show(rendered, tokenizer, colour=colour)}"
-    first = Dataset(split_folders(folder)[0]).record(0).id
-    raise DataError(explain(f"{folder} has no sample {identity!r}.", expected=f"an id such as {first!r}"))
+                yield split, dataset, index
+    if identity.isdecimal():
+        for split in split_folders(folder):
+            dataset = Dataset(split)
+            if int(identity) < len(dataset):
+                yield split, dataset, int(identity)
 
 
-def contact_sheet(folder: Path, count: int = 24, columns: int = 6) -> Image.Image:
-    """A page of samples, evenly spread over each split: first image, first words.
-
-    Raises:
-        DataError: the folder is no data set, or an empty one.
-    """
-    samples = list(_spread(split_folders(folder), count))
-    if not samples:
-        raise DataError(explain(f"{folder} is empty.", next_step="ghostvis-data build my.jsonl NEW_FOLDER"))
-    font = ImageFont.load_default(11)
-    columns = min(columns, len(samples))
-    height = TILE_PX + 14 * CAPTION_LINES + 8
-    sheet = Image.new("RGB", (columns * (TILE_PX + 8), -(-len(samples) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (split, sample) in enumerate(samples):
-        left, top = number % columns * (TILE_PX + 8) + 4, number // columns * height + 4
-        if sample.images:
-            picture = load_image(sample.images[0])
-            scale = TILE_PX / max(picture.size)
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-            sheet.paste(picture.resize(size, smooth), (left, top))
-        more = f" (+{len(sample.images) - 1} images)" if len(sample.images) > 1 else ""
-        caption = [f"{split}/{sample.id}{more}", *_first_words(sample)]
-        for row, text in enumerate(caption[:CAPTION_LINES]):
-            while pen.textlength(text, font) > TILE_PX:
-                text = text[: len(text) * 9 // 10]
-            pen.text((left, top + TILE_PX + 14 * row), text, "black", font)
-    return sheet
-
-
-def _spread(folders: list[Path], count: int) -> Iterator[tuple[str, Sample]]:
-    """`count` samples, shared among the data sets and evenly spaced in each."""
-    each = max(1, count // len(folders))
-    for folder in folders:
-        dataset = Dataset(folder)
-        for index in sorted({int(i) for i in np.linspace(0, len(dataset) - 1, min(each, len(dataset)))}):
-            yield folder.name, dataset[index]
-
-
-def _first_words(sample: Sample) -> list[str]:
-    """A line per turn, or the beginning of a text; characters that the small font lacks become `?`."""
-    if sample.text is not None:
-        texts = [sample.text[start : start + 40] for start in range(0, 40 * CAPTION_LINES, 40)]
-    else:
-        texts = []
-        for message in sample.messages or []:
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [p["text"] for p in content if "text" in p]
-            texts.append(f"{'Q' if message['role'] == 'user' else 'A'}: {' '.join(parts)}")
-    return [" ".join(text.split()) for text in texts]
-
-
-def is_dataset(path: Path) -> bool:
-    """Whether `path` is a folder with a manifest."""
-    return (path / MANIFEST).is_file()
+def _size(content: bytes) -> str:
+    try:
+        width, height = load_image(content).size
+    except ImageError:
+        return "cannot be read"
+    return f"{width} x {height} {image_extension(content)}, {len(content) / 1000:,.0f} KB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -10,11 +11,16 @@ from typing import Annotated
 
 import tyro
 
-from ghostvis_data.build import VAL_FRACTION, build_jsonl
-from ghostvis_data.check import check_dataset, check_jsonl, contact_sheet, show_sample, split_folders
+from ghostvis_data.build import VAL_FRACTION, build_jsonl, build_published, survey_published
+from ghostvis_data.check import check_folder, check_source, show_sample
 from ghostvis_data.errors import DataError, explain
-from ghostvis_data.shards import Dataset, read_manifest
-from ghostvis_data.sources import MAX_SIDE
+from ghostvis_data.pictures import MAX_SIDE
+from ghostvis_data.readers import SETS
+from ghostvis_data.readers.base import SurveyOptions
+from ghostvis_data.readers.own import survey_jsonl
+from ghostvis_data.recipes import describe_recipes
+from ghostvis_data.shards import SHARD_BYTES, read_manifest
+from ghostvis_data.sheet import contact_sheet
 from ghostvis_data.tiny_build import TinyWorldSizes, build_tiny_world
 from ghostvis_model.errors import GhostVisError, message_of
 from ghostvis_model.paths import newest_tokenizer
@@ -28,6 +34,8 @@ examples:
   ghostvis-data check my_data --tokenizer CHECKPOINT_FOLDER --sample cat-1
   ghostvis-data inspect my_data sheet.png
   ghostvis-data build tiny_world tiny --seed 1
+  ghostvis-data sets
+  ghostvis-data build vqav2 vqav2 --root ~/downloads/vqa --processes 8
 
 one line of my.jsonl (image paths are relative to it):
   {"id": "cat-1", "messages": [
@@ -39,18 +47,29 @@ one line of my.jsonl (image paths are relative to it):
 
 @dataclass(frozen=True)
 class Build:
-    """Build webdataset shards from a JSONL with images, or render the tiny world."""
+    """Build webdataset shards from a JSONL with images or a published data set, or render the tiny world."""
 
     source: tyro.conf.Positional[str]
-    """A JSONL file, or the word tiny_world."""
+    """A JSONL file, the name of a published set (`ghostvis-data sets` lists them), or the word tiny_world."""
     out: tyro.conf.Positional[Path]
     """Folder to make; it must not exist yet, or be empty."""
-    val_fraction: float = VAL_FRACTION
-    """Share of the samples kept for validation (out/val), 0 to below 1; chosen by a hash of the id."""
+    root: Path | None = None
+    """Folder that holds the published files of a set; None fetches them from the Hugging Face hub."""
+    revision: str | None = None
+    """Commit of the hub's repository; None takes the newest and writes down which it was."""
+    splits: tuple[str, ...] | None = None
+    """Splits of a published set to build; None builds all with public answers."""
+    val_fraction: float | None = None
+    """Share of the samples kept for validation (out/val), 0 to below 1; None is 0.1 of a JSONL (chosen by a hash of the
+    id) and 0 of a published set."""
     skip_bad: bool = False
     """Build what can be built and list the rest in out/dataset.json, instead of refusing."""
     max_side: int = MAX_SIDE
     """Pictures with a longer side are scaled down to it, in pixels; 0 stores every picture as it is."""
+    decode: bool = False
+    """Decode every picture of a published set, not only its header and its end; those of a JSONL always are."""
+    processes: int | None = None
+    """How many work at once; None is the number of cores. The result is the same."""
     seed: int = 0
     """Of the tiny world."""
     scenes: int = TinyWorldSizes.train
@@ -59,16 +78,23 @@ class Build:
 
 @dataclass(frozen=True)
 class Check:
-    """Count and verify a JSONL or a built folder: checksums, images, tokens, loss mask."""
+    """Count and verify a source or a built folder: checksums, images, tokens, duplicates, overlap with evaluation."""
 
     source: tyro.conf.Positional[Path]
-    """A JSONL, or a folder made by `ghostvis-data build`."""
+    """A folder made by `ghostvis-data build`; before building a JSONL or, with --root, the name of a published set."""
+    root: Path | None = None
+    """Folder that holds the published files of a set."""
+    listing: Path | None = None
+    """Before building: a file for all bad lines (file, line, id, what was found); the terminal shows twenty."""
+    against: tuple[Path, ...] = ()
+    """Built folders to evaluate on: none of their images and questions may be in the training splits."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a checkpoint folder that holds one: counts tokens, finds samples with nothing to learn."""
     tokens_per_image: int = 64
     """Of the model that will read the data."""
     sample: str | None = None
-    """Show this sample as the model reads it, with its loss mask; --tokenizer None is the one trained last."""
+    """Show this sample (its id, or its number from 0) as the model reads it, with its loss mask; --tokenizer None is
+    the one trained last."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +109,27 @@ class Inspect:
     """How many samples, spread over the splits."""
 
 
+@dataclass(frozen=True)
+class Sets:
+    """List the published data sets that can be built, with licence and origin."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the named recipes: what they mix, in which shares, under which licences, and what is built here.
+
+    A recipe of your own is a TOML file. Below [sft] (or tokenizer, base, vision, align, rl) a line
+    "my_data/train" = 0.7 gives a data set its share of the tokens; below [evaluate] a line
+    "my_data/val" = "exact_match" gives it a task.
+    """
+
+
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Sets, tyro.conf.subcommand("sets")]
+    | Annotated[Recipes, tyro.conf.subcommand("recipes")]
 )
 
 
@@ -102,6 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
             case Inspect():
                 contact_sheet(command.source, command.samples).save(command.out, "PNG")
                 print(f"{command.out}: a page of samples of {command.source}")
+            case Sets():
+                print(list_sets())
+            case Recipes():
+                print(describe_recipes())
     except GhostVisError as error:
         print(message_of(error), file=sys.stderr)
         return 1
@@ -109,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(explain(f"{error}.", likely="a full or read-only disk"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ghostvis: stopped; nothing was written.", file=sys.stderr)
+        print("ghostvis: stopped; the same command goes on from there.", file=sys.stderr)
         return 130
     return 0
 
@@ -123,14 +170,25 @@ def run_build(command: Build) -> None:
         print(f"{folder}: {', '.join(f'{split} {count:,}' for split, count in counts.items())}")
         print(f"next: ghostvis-data inspect {folder} sheet.png")
         return
-    report = build_jsonl(
-        command.source,
-        command.out,
-        val_fraction=command.val_fraction,
-        skip_bad=command.skip_bad,
-        max_side=command.max_side,
-        on_progress=ProgressLine("building"),
-    )
+    processes = command.processes or os.cpu_count() or 1
+    shared = {"skip_bad": command.skip_bad, "max_side": command.max_side, "processes": processes}
+    if command.source in SETS or not (Path(command.source).suffix or Path(command.source).exists()):
+        report = build_published(
+            command.source,
+            command.out,
+            root=command.root,
+            revision=command.revision,
+            splits=command.splits,
+            val_fraction=command.val_fraction or 0.0,
+            decode=command.decode,
+            on_progress=ProgressLine("building"),
+            **shared,
+        )
+    else:
+        fraction = VAL_FRACTION if command.val_fraction is None else command.val_fraction
+        report = build_jsonl(
+            command.source, command.out, val_fraction=fraction, on_progress=ProgressLine("building"), **shared
+        )
     counts = ", ".join(f"{split} {count:,}" for split, count in report.samples.items())
     print(f"{report.folder}: {counts} samples, {report.images:,} images")
     if report.left_out:
@@ -140,15 +198,29 @@ def run_build(command: Build) -> None:
     print(f"      ghostvis-train sft --data-recipe {report.folder} --source mid")
 
 
+def list_sets() -> str:
+    """The published sets, a paragraph each."""
+    rows = []
+    for name, of in SETS.items():
+        rows.append(f"{name:<15} {of.about}")
+        rows.append(f"{'':<15} licence  {of.licence}")
+        rows.append(f"{'':<15} from     {f'the hub: {of.hub}' if of.hub else 'its publisher; --root FOLDER'}")
+    return "\n".join(rows)
+
+
 def run_check(command: Check) -> int:
     """`ghostvis-data check`; 1 when a data set has problems."""
+    if command.source.is_file():
+        print(check_source(survey_jsonl(command.source, 0, SHARD_BYTES), ProgressLine("checking"), command.listing))
+        return 0
+    if command.root is not None:
+        survey = survey_published(str(command.source), command.root, SurveyOptions())
+        print(check_source(survey, ProgressLine("checking"), command.listing))
+        return 0
     folder = command.tokenizer or (newest_tokenizer() if command.sample else None)
     tokenizer = Tokenizer.load(folder) if folder else None
-    if command.source.is_file():
-        print(check_jsonl(command.source, MAX_SIDE))
-        return 0
-    folders = split_folders(command.source)
     if command.sample is not None:
+        read_manifest(command.source)
         if tokenizer is None:
             raise DataError(
                 explain(
@@ -160,12 +232,11 @@ def run_check(command: Check) -> int:
         colour = sys.stdout.isatty()
         print(show_sample(command.source, command.sample, tokenizer, command.tokens_per_image, colour=colour))
         return 0
-    status = 0
-    for folder in folders:
-        findings = check_dataset(Dataset(folder), tokenizer, command.tokens_per_image)
+    against, progress = list(command.against), ProgressLine("checking")
+    found = check_folder(command.source, tokenizer, command.tokens_per_image, against, progress)
+    for findings in found:
         print(findings.report())
-        status |= bool(findings.problems)
-    return status
+    return int(any(findings.problems for findings in found))
 
 
 class ProgressLine:

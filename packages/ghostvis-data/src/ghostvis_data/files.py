@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ghostvis_data.errors import DataError, explain
 
 MANIFEST = "dataset.json"
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name, flush it to the disk, and rename it to `path`."""
+class Written(NamedTuple):
+    """What was written."""
+
+    size_bytes: int
+    sha256: str  # hexadecimal
+
+
+def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> Written:
+    """Write `content`, whole or in pieces, under a temporary name, flush it to the disk, and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest, size = hashlib.sha256(), 0
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, "wb", buffering=1 << 20) as file:
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return Written(size, digest.hexdigest())
 
 
 @contextmanager
@@ -54,6 +68,31 @@ def new_folder(path: Path) -> Generator[Path]:
     Raises:
         DataError: `path` already exists and holds something; this function never deletes what it did not make.
     """
+    refuse_full(path)
+    building = building_folder(path)
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        publish(building, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def building_folder(path: Path) -> Path:
+    """The temporary folder in which `path` is built, beside it."""
+    return path.with_name(f".{path.name}.building")
+
+
+def publish(building: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, which does not exist or is empty."""
+    if path.exists():
+        path.rmdir()
+    os.replace(building, path)
+
+
+def refuse_full(path: Path) -> None:
+    """Raise DataError if `path` holds something."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(
             explain(
@@ -65,13 +104,3 @@ def new_folder(path: Path) -> Generator[Path]:
                 next_step="choose another folder, or delete this one yourself and build again",
             )
         )
-    building = path.with_name(f".{path.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        if path.exists():
-            path.rmdir()
-        os.replace(building, path)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

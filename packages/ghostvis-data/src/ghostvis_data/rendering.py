@@ -29,8 +29,8 @@ class DataTokenizer(ChatTokenizer, Protocol):
 
 
 def name_of(dataset: Dataset, sample: Sample) -> str:
-    """How errors name a sample: `folder#id`."""
-    return f"{dataset.folder}#{sample.id}"
+    """How errors name a sample: `folder#id`, or `address#id`."""
+    return f"{dataset.location}#{sample.id}"
 
 
 def image_references(messages: list[dict[str, Any]]) -> list[Any]:
