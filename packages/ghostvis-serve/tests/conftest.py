@@ -35,9 +35,13 @@ class ScriptedModel:
     writing: int = 0
     most_writing: int = 0
     threads: set[str] = field(default_factory=set)
+    finish_reason: str = "stop"
 
-    def chat(self, messages: list[dict[str, Any]], /, *, stream: bool, **settings: Any) -> Iterator[str]:
+    def chat(self, messages: list[dict[str, Any]], /, *, stream: bool, **settings: Any) -> "ScriptedAnswer":
         assert stream
+        return ScriptedAnswer(self, self._words(messages, settings))
+
+    def _words(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Generator[str, None, None]:
         self.asked.append(messages)
         self.settings.append(settings)
         self.writing += 1
@@ -53,6 +57,31 @@ class ScriptedModel:
                 yield word if index == 0 else f" {word}"
         finally:
             self.writing -= 1
+
+
+class ScriptedAnswer(Iterator[str]):
+    """Words, counted; a prompt has ten tokens a message."""
+
+    def __init__(self, model: ScriptedModel, words: Generator[str, None, None]) -> None:
+        self._model, self._words = model, words
+        self.completion_tokens = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return 10 * len(self._model.asked[-1])
+
+    def __next__(self) -> str:
+        try:
+            word = next(self._words)
+        except StopIteration:
+            self.finish_reason = self._model.finish_reason
+            raise
+        self.completion_tokens += 1
+        return word
+
+    def close(self) -> None:
+        self._words.close()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,19 @@ def test_a_streamed_answer_is_the_whole_answer_in_pieces(serve, scripted):
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_why_an_answer_ended_and_what_it_took_are_reported(serve, scripted):
+    usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+    server = serve(scripted("one two", finish_reason="length"))
+    body = server.ask().json()
+    assert (body["choices"][0]["finish_reason"], body["usage"]) == ("length", usage)
+    chunks = server.ask(stream=True).chunks()
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert not any("usage" in chunk for chunk in chunks)
+    chunks = server.ask(stream=True, stream_options={"include_usage": True}).chunks()
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], usage)
+
+
 def test_an_empty_answer_is_an_answer(serve, scripted):
     server = serve(scripted(""))
     assert server.ask().json()["choices"][0]["message"]["content"] == ""
@@ -86,12 +99,12 @@ def test_settings_of_the_request_win_over_those_of_the_server(serve, scripted):
     model = scripted()
     server = serve(model, temperature=0.5, max_tokens=9, seed=3)
     server.ask()
-    server.ask(temperature=1, top_k=4, max_tokens=2, seed=0)
+    server.ask(temperature=1, top_k=4, top_p=0.5, max_tokens=2, seed=0)
     server.ask(max_completion_tokens=5, n=1, top_p=1.0, user="me", stop=None)
     assert model.settings == [
-        {"temperature": 0.5, "top_k": None, "max_tokens": 9, "seed": 3},
-        {"temperature": 1.0, "top_k": 4, "max_tokens": 2, "seed": 0},
-        {"temperature": 0.5, "top_k": None, "max_tokens": 5, "seed": 3},
+        {"temperature": 0.5, "top_k": None, "top_p": 1.0, "max_tokens": 9, "seed": 3},
+        {"temperature": 1.0, "top_k": 4, "top_p": 0.5, "max_tokens": 2, "seed": 0},
+        {"temperature": 0.5, "top_k": None, "top_p": 1.0, "max_tokens": 5, "seed": 3},
     ]
 
 
@@ -127,6 +140,11 @@ def user(content) -> dict:
         ({**user("hi"), "temperature": -1}, 400, "invalid_value"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "invalid_value"),
         ({**user("hi"), "top_k": 0}, 400, "invalid_value"),
+        ({**user("hi"), "top_p": 0}, 400, "invalid_value"),
+        ({**user("hi"), "top_p": 1.5}, 400, "invalid_value"),
+        ({**user("hi"), "top_p": "most"}, 400, "invalid_type"),
+        ({**user("hi"), "stream_options": True}, 400, "invalid_type"),
+        ({**user("hi"), "stream_options": {"include_usage": 1}}, 400, "invalid_type"),
         ({**user("hi"), "max_tokens": 1.5}, 400, "invalid_type"),
         ({**user("hi"), "max_tokens": 0}, 400, "invalid_value"),
         ({**user("hi"), "seed": 2**63}, 400, "invalid_value"),

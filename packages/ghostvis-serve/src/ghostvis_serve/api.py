@@ -8,10 +8,13 @@ from typing import Any
 
 from ghostvis_serve.engine import Message, Sampling
 
-SETTINGS = {"model", "messages", "stream", "temperature", "top_k", "max_tokens", "max_completion_tokens", "seed"}
-NEUTRAL = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "store": False}
+SETTINGS = {
+    *("model", "messages", "stream", "stream_options", "temperature", "top_k", "top_p", "max_tokens"),
+    *("max_completion_tokens", "seed"),
+}
+NEUTRAL = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "store": False}
 """OpenAI settings this server has not, with the value at which they change nothing; another value is refused."""
-IGNORED = {"user", "metadata", "stream_options", "safety_identifier", "prompt_cache_key"}
+IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 """OpenAI settings that never change an answer."""
 
 
@@ -35,6 +38,8 @@ class ChatRequest:
     messages: list[Message]
     sampling: Sampling
     stream: bool
+    include_usage: bool = False
+    """A stream ends with a chunk that counts tokens."""
 
 
 def parse_request(
@@ -57,7 +62,13 @@ def parse_request(
     messages = _messages(data, max_images)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return ChatRequest(messages, _sampling(data, defaults), stream)
+    options = data.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise ApiError(400, f"stream_options is {_kind(options)}; expected an object", "invalid_type")
+    include_usage = options.get("include_usage", False)
+    if not isinstance(include_usage, bool):
+        raise ApiError(400, f"include_usage is {_kind(include_usage)}; expected true or false", "invalid_type")
+    return ChatRequest(messages, _sampling(data, defaults), stream, include_usage)
 
 
 def _refuse_unknown(data: dict[str, Any]) -> None:
@@ -69,16 +80,18 @@ def _refuse_unknown(data: dict[str, Any]) -> None:
 
 def _sampling(data: dict[str, Any], defaults: Sampling) -> Sampling:
     limit_name = "max_completion_tokens" if "max_completion_tokens" in data else "max_tokens"
-    temperature = data.get("temperature", defaults.temperature)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise ApiError(400, f"temperature is {_kind(temperature)}; expected a number", "invalid_type")
+    temperature = _number(data.get("temperature", defaults.temperature), "temperature")
+    top_p = _number(data.get("top_p", defaults.top_p), "top_p")
+    if not 0 < top_p <= 1:
+        raise ApiError(400, f"top_p is {top_p}; expected more than 0, at most 1", "invalid_value")
     if not 0 <= temperature <= 2:  # also false for NaN
         raise ApiError(400, f"temperature is {temperature}; expected 0 to 2", "invalid_value")
     return Sampling(
         max_tokens=_integer(data.get(limit_name, defaults.max_tokens), limit_name, least=1),
-        temperature=float(temperature),
+        temperature=temperature,
         top_k=_integer(data["top_k"], "top_k", least=1) if "top_k" in data else defaults.top_k,
         seed=_integer(data["seed"], "seed", least=0) if "seed" in data else defaults.seed,
+        top_p=top_p,
     )
 
 
@@ -153,6 +166,12 @@ def _text(value: Any, where: str) -> str:
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
             raise ApiError(400, f"{where} holds half a surrogate pair, which is no text", "invalid_value") from None
     return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ApiError(400, f"{where} is {_kind(value)}; expected a number", "invalid_type")
+    return float(value)
 
 
 def _integer(value: Any, where: str, *, least: int) -> int:

@@ -1,6 +1,7 @@
 """What serving needs of a model, and the worker that lets requests use it one at a time."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,25 @@ from ghostvis_serve.config import AnswerConfig
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": str | list of parts}`, as ghostvis_model reads it."""
+
+
+class AnswerPieces(Protocol):
+    """An answer as it is written, with what is known of it; `ghostvis_model.generation.Answer` is one."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __next__(self) -> str: ...
+
+    def close(self) -> None: ...
 
 
 class ChatModel(Protocol):
@@ -24,9 +44,20 @@ class ChatModel(Protocol):
         max_tokens: int,
         temperature: float,
         top_k: int | None,
+        top_p: float,
         seed: int | None,
         stream: Literal[True],
-    ) -> str | Iterator[str]: ...
+    ) -> str | AnswerPieces: ...
+
+
+@dataclass(frozen=True)
+class End:
+    """What is known of an answer once it is written."""
+
+    finish_reason: str
+    """stop, or length: the limit of tokens or the context was reached."""
+    prompt_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True)
@@ -37,12 +68,13 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int | None = None
+    top_p: float = 1.0
 
     @classmethod
     def of(cls, config: AnswerConfig) -> "Sampling":
         return cls(config.max_tokens, config.temperature, config.top_k, config.seed)
 
-    def answer(self, model: ChatModel, messages: list[Message]) -> Iterator[str]:
+    def answer(self, model: ChatModel, messages: list[Message]) -> AnswerPieces:
         """The pieces of the answer.
 
         Raises ImageError, RenderError and ContextOverflow, at the call or at the first piece.
@@ -52,10 +84,12 @@ class Sampling:
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
+            top_p=self.top_p,
             seed=self.seed,
             stream=True,
         )
-        return iter(pieces)
+        assert not isinstance(pieces, str)  # it was asked to stream
+        return pieces
 
 
 class Unavailable(Exception):
@@ -79,9 +113,10 @@ class Worker:
 
     async def pieces(
         self, messages: list[Message], sampling: Sampling, gone: Callable[[], Awaitable[bool]]
-    ) -> AsyncGenerator[str, None]:
-        """Wait for the turn, then yield the answer; stops early once `gone()` is true or the generator is closed.
+    ) -> AsyncGenerator[str | End, None]:
+        """Wait for the turn, then yield the answer's pieces and its End.
 
+        Stops early once `gone()` is true or the generator is closed.
         Raises Unavailable when the queue is full or `stop` was called, and what the model raises.
         """
         if self._turn.locked() and self._waiting >= self._max_waiting:
@@ -105,9 +140,13 @@ class Worker:
             self._turn.release()
             self._thread.submit(answer.close)  # runs after a step still under way, and before the next answer
 
-    def _answer(self, messages: list[Message], sampling: Sampling) -> Generator[str, None, None]:
+    def _answer(self, messages: list[Message], sampling: Sampling) -> Generator[str | End, None, None]:
         """The answer, pictures decoded first. Runs on the worker's thread, so only one request's pictures are open."""
-        yield from sampling.answer(self._model, [_open_images(message) for message in messages])
+        with contextlib.closing(
+            sampling.answer(self._model, [_open_images(message) for message in messages])
+        ) as pieces:
+            yield from pieces
+            yield End(pieces.finish_reason or "stop", pieces.prompt_tokens, pieces.completion_tokens)
 
     def stop(self) -> None:
         """Break off the answer under way after its next piece, and refuse the others. Any thread may call this."""

@@ -35,7 +35,7 @@ from starlette.types import Receive, Scope, Send
 from ghostvis_model import ContextOverflow, ImageError, RenderError
 from ghostvis_serve.api import ApiError, ChatRequest, parse_request
 from ghostvis_serve.config import WebConfig
-from ghostvis_serve.engine import ChatModel, Sampling, Unavailable, Worker
+from ghostvis_serve.engine import ChatModel, End, Sampling, Unavailable, Worker
 from ghostvis_serve.errors import plain
 
 
@@ -78,7 +78,7 @@ def create_app(model: ChatModel, config: WebConfig, model_id: str = "ghostvis") 
         chat = await run_in_threadpool(parse)
         reply = _Reply(model_id, worker.pieces(chat.messages, chat.sampling, request.is_disconnected))
         await reply.start()
-        return EventStream(reply.events()) if chat.stream else await reply.whole()
+        return EventStream(reply.events(chat.include_usage)) if chat.stream else await reply.whole()
 
     app = Starlette(
         routes=[
@@ -118,9 +118,10 @@ def serve(app: Starlette, listener: socket.socket) -> None:
 class _Reply:
     """One answer in OpenAI's two shapes."""
 
-    def __init__(self, model_id: str, pieces: AsyncGenerator[str, None]) -> None:
+    def __init__(self, model_id: str, pieces: AsyncGenerator[str | End, None]) -> None:
         self._pieces = pieces
-        self._first: str | None = None
+        self._first: str | End | None = None
+        self._end: End | None = None
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_id}
 
     async def start(self) -> None:
@@ -135,20 +136,36 @@ class _Reply:
             raise ApiError(400, plain(error), "context_length_exceeded") from None
 
     async def _all(self) -> AsyncGenerator[str, None]:
+        """The text; what is known at the end goes to `_end`."""
         async with contextlib.aclosing(self._pieces):
-            if self._first is not None:
-                yield self._first
-                async for piece in self._pieces:
+            piece = self._first
+            while piece is not None:
+                if isinstance(piece, End):
+                    self._end = piece
+                else:
                     yield piece
+                piece = await anext(self._pieces, None)
 
     async def whole(self) -> Response:
         text = "".join([piece async for piece in self._all()])
         message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-        return JSONResponse({**self._head, "object": "chat.completion", "choices": [choice]})
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish_reason()}
+        return JSONResponse({**self._head, "object": "chat.completion", "choices": [choice], "usage": self._usage()})
 
-    async def events(self) -> AsyncGenerator[str, None]:
-        """Server-sent events: a chunk per piece, `[DONE]` last; a failure under way is an event with `error`."""
+    def _finish_reason(self) -> str:
+        return "stop" if self._end is None else self._end.finish_reason  # no end: the client has left
+
+    def _usage(self) -> dict[str, int] | None:
+        if self._end is None:
+            return None
+        prompt, completion = self._end.prompt_tokens, self._end.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    async def events(self, include_usage: bool) -> AsyncGenerator[str, None]:
+        """Server-sent events: a chunk per piece, `[DONE]` last; a failure under way is an event with `error`.
+
+        With `include_usage` the last chunk but `[DONE]` has no choices and counts the tokens, as OpenAI's does.
+        """
         yield self._event({"role": "assistant", "content": ""})
         async with contextlib.aclosing(self._all()) as pieces:
             try:
@@ -160,7 +177,9 @@ class _Reply:
             except Exception:
                 yield _sse(ApiError(500, "the answer broke off; the server's log says why", "internal_error").body())
                 raise
-        yield self._event({}, finish_reason="stop")
+        yield self._event({}, finish_reason=self._finish_reason())
+        if include_usage:
+            yield _sse({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
     def _event(self, delta: dict[str, str], finish_reason: str | None = None) -> str:

@@ -26,8 +26,6 @@ from ghostvis_train.context import resolve_device
 from ghostvis_train.options import EvalConfig, UserError
 from ghostvis_train.phase import TINY_WORLD, announce, open_data
 
-ANSWER_TOKENS = 32
-
 
 def run(config: EvalConfig, started: float | None = None) -> Path:
     """Evaluate a checkpoint by itself; its folder. `started` is as in `report`, default now."""
@@ -63,12 +61,12 @@ def report(
         )
     announce("eval", f"{folder} on {recipe.name}")
     model = GhostVis.from_pretrained(folder, device)
-    majority = recipe.task.majority(Dataset(recipe.baseline))
     results: dict[str, dict[str, dict[str, Score]]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for name in recipe.evaluations:
-        dataset = recipe.evaluation(name)
+        dataset, task = recipe.evaluation(name), recipe.task_of(name)
         count = min(len(dataset), max_samples or len(dataset))
-        asked = [recipe.task.questions(dataset[index]) for index in range(count)]
+        asked = [task.questions(dataset[index]) for index in range(count)]
         questions = [question for group in asked for question in group]
         if not questions:
             raise UserError(
@@ -76,15 +74,19 @@ def report(
             )
         results[name] = {}
         for view, prompts in views(asked).items():
-            replies = answer(model, prompts, batch_size, f"{name}, {view}")
-            judged = [recipe.task.judge(*pair) for pair in zip(replies, questions, strict=True)]
+            replies = answer(model, prompts, batch_size, task.max_tokens, f"{name}, {view}")
+            judged = task.judge_all(replies, questions)
             results[name][view] = summarize(questions, judged)
+            if view == "seen":
+                figures[name] = task.further_figures(replies, questions)
             if view == "seen" and name == next(iter(recipe.evaluations)) and max_samples is None:
                 samples.save(folder.parent / "samples", asked, replies, judged)
+        majority = task.majority(Dataset(recipe.baseline_of(name)))
         guesses = [majority.get(question.type, "") for question in questions]
-        judged = [recipe.task.judge(*pair) for pair in zip(guesses, questions, strict=True)]
-        results[name]["majority"] = summarize(questions, judged)
+        results[name]["majority"] = summarize(questions, task.judge_all(guesses, questions))
         print(table(name, results[name]), flush=True)
+        for figure, value in figures[name].items():
+            print(f"{figure:28s} {value:.4f}", flush=True)
     facts = {
         "checkpoint": str(folder),
         "weights_hash": checkpoint.read_meta(folder)["weights_hash"],
@@ -95,6 +97,7 @@ def report(
             name: {view: {kind: asdict(score) for kind, score in by_type.items()} for view, by_type in views_.items()}
             for name, views_ in results.items()
         },
+        "figures": figures,
     }
     if recipe.name == TINY_WORLD:
         facts["headline"] = headline(results, facts["wall_s"])
@@ -150,8 +153,8 @@ def with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[bytes])
     return result
 
 
-def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, label: str) -> list[str]:
-    """Greedy replies to many conversations, with a progress line."""
+def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, max_tokens: int, label: str) -> list[str]:
+    """Greedy replies of at most `max_tokens` tokens to many conversations, with a progress line."""
     tokenizer = tokenizer_of(model)
     started = time.perf_counter()
     rendered = [render_for_completion(c, tokenizer, model.config.tokens_per_image) for c in conversations]
@@ -160,7 +163,7 @@ def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, label
     for start in range(0, len(by_length), batch_size):
         numbers = by_length[start : start + batch_size]
         prompts = [read_prompt(model, rendered[number]) for number in numbers]
-        for number, ids in zip(numbers, generate(model, prompts, max_tokens=ANSWER_TOKENS), strict=True):
+        for number, ids in zip(numbers, generate(model, prompts, max_tokens=max_tokens), strict=True):
             replies[number] = tokenizer.decode(ids)
         if sys.stdout.isatty():
             done = start + len(numbers)

@@ -16,8 +16,9 @@ from ghostvis_kernels import newton_schulz
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    Parameters are matrices [m, n]; equal shapes are orthogonalised in one batch. The update has spectral norm
-    lr * max(1, m/n)**0.5, so that one rate suits every shape. Decoupled weight decay, scaled by the rate.
+    Parameters are matrices [m, n], or stacks of them (experts); equal shapes are orthogonalised in one batch. The
+    update has spectral norm lr * max(1, m/n)**0.5, so that one rate suits every shape. Decoupled weight decay, scaled
+    by the rate.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -34,7 +35,7 @@ class Muon(torch.optim.Optimizer):
                     stacks[parameter.shape].append(parameter)
             for shape, parameters in stacks.items():
                 updates = newton_schulz(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)
 
@@ -106,13 +107,14 @@ def trapezoid(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def decoder_groups(decoder: nn.Module, rates: dict[str, float]) -> Groups:
-    """Layers' matrices by Muon; embedding and head by AdamW."""
+    """Layers' matrices by Muon; embedding, head, and vectors (norm weights, biases) by AdamW."""
     learning = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     embedding = [p for name, p in learning.items() if name.startswith("embed_tokens.")]
     head = [p for name, p in learning.items() if name.startswith("lm_head.")]
-    matrices = [p for name, p in learning.items() if name.startswith("layers.")]
-    adamw = [{"params": embedding, "lr": rates["embedding"]}, {"params": head, "lr": rates["head"]}]
-    return Groups([{"params": matrices, "lr": rates["matrix"]}], adamw)
+    layers = [p for name, p in learning.items() if not name.startswith(("embed_tokens.", "lm_head."))]
+    vectors = [p for p in layers if p.ndim == 1]
+    adamw = [{"params": [*embedding, *vectors], "lr": rates["embedding"]}, {"params": head, "lr": rates["head"]}]
+    return Groups([{"params": [p for p in layers if p.ndim > 1], "lr": rates["matrix"]}], adamw)
 
 
 def connector_groups(connector: nn.Module, rates: dict[str, float]) -> Groups:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import log2
 
-from ghostvis_model.config import ConnectorKind, TextConfig, layer_params
+from ghostvis_model.config import ConnectorKind, TextConfig
+from ghostvis_model.costs import layer_params
 
 
 @dataclass(frozen=True)
