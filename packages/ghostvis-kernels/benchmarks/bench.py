@@ -14,6 +14,7 @@ import argparse
 import importlib
 import inspect
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -328,6 +329,7 @@ def show(case: Case, times: dict[str, float]) -> str:
 
 
 def main() -> None:
+    os.environ.setdefault("GHOSTVIS_KERNELS", "auto")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default=",".join(OPS), help=f"of {','.join(OPS)}")
     parser.add_argument("--rounds", type=int, default=3)

@@ -49,7 +49,7 @@ def register(
 
 
 def takes_triton(x: Tensor) -> bool:
-    """Whether a call on x runs Triton: GHOSTVIS_KERNELS is `auto` (CUDA of sm_80 or later), `ref` or `triton`."""
+    """Whether a call on x runs Triton: never (`ref`, the default), on CUDA of sm_80 or later (`auto`), or anywhere."""
     choice = kernel_choice()
     if x.dtype == torch.float64 or choice == "ref":
         return False
@@ -60,8 +60,11 @@ def takes_triton(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def kernel_choice() -> str:
-    """GHOSTVIS_KERNELS, checked; a constant of the graph under torch.compile."""
-    choice = os.environ.get("GHOSTVIS_KERNELS", "auto")
+    """GHOSTVIS_KERNELS, checked; a constant of the graph under torch.compile.
+
+    `ref` until the tests marked gpu have passed on the kernels' last form: they ran on an H200 before the last tiles.
+    """
+    choice = os.environ.get("GHOSTVIS_KERNELS", "ref")
     if choice not in CHOICES:
         raise ValueError(f"GHOSTVIS_KERNELS is {choice!r}; expected one of {CHOICES}")
     return choice
