@@ -28,7 +28,8 @@ def test_without_gradients_it_is_the_log_softmax_at_the_ids(
         plain = wanted(x, weight, ids, bias, 0.7, softcap)
         truth = wanted(x.double(), weight.double(), ids, bias.double(), 0.7, softcap)
     ours, torchs = (torch.linalg.vector_norm(t.double() - truth) for t in (found, plain))
-    assert ours <= 2 * torchs + 1e-5 * (1 + torch.linalg.vector_norm(truth))
+    # The rounding of one number of this dtype beside it: over a single row torch may be lucky.
+    assert ours <= 2 * torchs + max(1e-5, torch.finfo(dtype).eps / 2) * (1 + torch.linalg.vector_norm(truth))
 
 
 def test_ids_to_ignore_get_zero_and_no_gradient(normal, rng, device):
