@@ -1,5 +1,6 @@
 """Fused operations for language and vision-language models: Triton on GPUs, plain torch everywhere."""
 
+from ghostvis_kernels import nn, optim
 from ghostvis_kernels.attention import attention
 from ghostvis_kernels.attention_decode import attention_decode
 from ghostvis_kernels.backends import backends
@@ -20,6 +21,8 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "newton_schulz",
+    "nn",
+    "optim",
     "qk_norm_rope",
     "relu2",
     "rms_norm",

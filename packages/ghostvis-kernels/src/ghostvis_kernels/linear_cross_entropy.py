@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostvis_kernels.linear_cross_entropy_chunks import Needs, Options, chunked_backward, chunked_forward
-from ghostvis_kernels.registry import check_distributed, register
+from ghostvis_kernels.registry import check_distributed, register, triton_path
 
 AUX = ("lse", "entropy", "argmax")
 REDUCTIONS = ("mean", "sum", "none")
@@ -150,16 +150,10 @@ _backward_op = register(
 )
 
 
-def _scale_fused() -> Callable[..., Tensor]:
-    from ghostvis_kernels.linear_cross_entropy_triton import scale_cast
-
-    return scale_cast
-
-
 scale_cast = register(
     "scale_cast(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
     lambda x, scale, dtype: (x * scale).to(dtype),
-    _scale_fused,
+    triton_path("linear_cross_entropy_triton", "scale_cast"),
     lambda x, scale, dtype: torch.empty_like(x, dtype=dtype),
 )
 

@@ -17,7 +17,6 @@ Schulman 2020, as in GRPO). Differences of log-probabilities are held within 20 
 a stale sampler would else give infinities. Shape letters: N tokens, D model width, V vocabulary, S sequences.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from ghostvis_kernels.linear_cross_entropy_chunks import (
     chunked_forward,
     require_in_range,
 )
-from ghostvis_kernels.registry import register
+from ghostvis_kernels.registry import register, triton_path
 
 KINDS = ("reinforce", "grpo", "dapo", "dr_grpo", "gspo", "cispo")
 FURTHEST = 20.0  # largest difference of log-probabilities that enters an exponential
@@ -169,12 +168,6 @@ def unpack(*rest: Any) -> tuple[tuple[Tensor, ...], Policy, Options, Needs]:
     return tuple(tokens), Policy(kind, clip[0], clip[1], kl_coef), options, Needs(*needs)
 
 
-def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    from ghostvis_kernels.linear_policy_loss_triton import forward
-
-    return forward
-
-
 def _shapes(x, weight, bias, *rest):
     acc, needs = torch.promote_types(x.dtype, torch.float32), rest[-1]
     return (
@@ -190,7 +183,7 @@ _policy_op = register(
     "Tensor mask, Tensor? denom, Tensor? ref_logp, Tensor? cu_seqlens, str kind, float[] clip, float kl_coef, "
     "float[] numbers, int workspace_bytes, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _plain,
-    _fused,
+    triton_path("linear_policy_loss_triton", "forward"),
     _shapes,
 )
 

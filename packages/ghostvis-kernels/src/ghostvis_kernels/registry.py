@@ -8,6 +8,7 @@ The Function's forward returns what the operator returned, untouched: torch 2.11
 so y itself) in a Function's forward into a graph whose gradient is zero.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,26 @@ def register(
     _library.impl(name, choose, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ghostvis_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.ghostvis_kernels, name).default
+
+
+def triton_path(module: str, name: str) -> Callable[[], Callable[..., Any]]:
+    """What `register` takes as `fused`: the function `name` of our `module`, imported at the first use."""
+
+    @lru_cache(maxsize=1)
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"ghostvis_kernels.{module}"), name)
+
+    return load
+
+
+def like(x: Tensor) -> Tensor:
+    """Fake output: contiguous, of the shape and dtype of x."""
+    return x.new_empty(x.shape)
+
+
+def weight_like(weight: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    """Fake gradient of a weight; empty where none is wanted."""
+    return x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
 
 
 def takes_triton(x: Tensor) -> bool:

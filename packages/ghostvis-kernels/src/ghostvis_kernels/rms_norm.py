@@ -9,7 +9,7 @@ reciprocal root per row. CUDA: `rms_norm_triton.py`, for D up to 16,384. Shape l
 import torch
 from torch import Tensor
 
-from ghostvis_kernels.registry import check_distributed, register, skips_operator
+from ghostvis_kernels.registry import check_distributed, like, register, skips_operator, triton_path, weight_like
 
 
 def rms_norm_reference(
@@ -88,43 +88,26 @@ def _acc(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _weight_like(weight: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
-    return x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
-
-
-def _fused(name: str):
-    def load():
-        from ghostvis_kernels import rms_norm_triton
-
-        return getattr(rms_norm_triton, name)
-
-    return load
-
-
 _forward = register(
     "rms_norm(Tensor x, Tensor? weight, float eps, bool zero_centered) -> (Tensor, Tensor)",
     _plain,
-    _fused("rms_norm"),
-    lambda x, weight, eps, zero_centered: (_like(x), x.new_empty((*x.shape[:-1], 1), dtype=_acc(x))),
+    triton_path("rms_norm_triton", "rms_norm"),
+    lambda x, weight, eps, zero_centered: (like(x), x.new_empty((*x.shape[:-1], 1), dtype=_acc(x))),
 )
 _backward = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor scale, bool zero_centered, bool weight_grad)"
     " -> (Tensor, Tensor)",
     plain_backward,
-    _fused("rms_norm_backward"),
-    lambda grad, x, weight, scale, zero_centered, wanted: (_like(x), _weight_like(weight, x, wanted)),
+    triton_path("rms_norm_triton", "rms_norm_backward"),
+    lambda grad, x, weight, scale, zero_centered, wanted: (like(x), weight_like(weight, x, wanted)),
 )
 _add_forward = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
     plain_add,
-    _fused("add_rms_norm"),
+    triton_path("rms_norm_triton", "add_rms_norm"),
     lambda x, residual, weight, eps: (
-        _like(x),
-        _like(residual),
+        like(x),
+        like(residual),
         x.new_empty((*x.shape[:-1], 1), dtype=_acc(residual)),
     ),
 )
@@ -132,11 +115,11 @@ _add_backward = register(
     "add_rms_norm_backward(Tensor grad, Tensor total, Tensor? weight, Tensor scale, Tensor? grad_total,"
     " bool weight_grad) -> (Tensor, Tensor, Tensor)",
     plain_add_backward,
-    _fused("add_rms_norm_backward"),
+    triton_path("rms_norm_triton", "add_rms_norm_backward"),
     lambda grad, total, weight, scale, grad_total, wanted: (
-        _like(total),
+        like(total),
         grad.new_empty(0 if grad.dtype == total.dtype else grad.shape),
-        _weight_like(weight, total, wanted),
+        weight_like(weight, total, wanted),
     ),
 )
 

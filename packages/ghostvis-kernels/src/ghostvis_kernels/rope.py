@@ -9,7 +9,15 @@ Shape letters: B batch, T tokens, H heads, h head size.
 import torch
 from torch import Tensor
 
-from ghostvis_kernels.registry import check_distributed, register, skips_operator, stays_plain
+from ghostvis_kernels.registry import (
+    check_distributed,
+    like,
+    register,
+    skips_operator,
+    stays_plain,
+    triton_path,
+    weight_like,
+)
 from ghostvis_kernels.rms_norm import plain_backward, plain_forward
 
 
@@ -100,42 +108,25 @@ def _plain_norm_backward(
     return q_grad, k_grad, q_weight_grad, k_weight_grad
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _scale_like(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _weight_like(weight: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
-    return x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
-
-
-def _fused(name: str):
-    def load():
-        from ghostvis_kernels import rope_triton
-
-        return getattr(rope_triton, name)
-
-    return load
 
 
 _rope = register(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool back)"
     " -> (Tensor, Tensor)",
     _plain,
-    _fused("rope"),
-    lambda q, k, cos, sin, position_ids, interleaved, back: (_like(q), _like(k)),
+    triton_path("rope_triton", "rope"),
+    lambda q, k, cos, sin, position_ids, interleaved, back: (like(q), like(k)),
 )
 _norm = register(
     "qk_norm_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps,"
     " Tensor? position_ids, bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
     _plain_norm,
-    _fused("qk_norm_rope"),
+    triton_path("rope_triton", "qk_norm_rope"),
     lambda q, k, cos, sin, q_weight, k_weight, eps, position_ids, interleaved: (
-        _like(q),
-        _like(k),
+        like(q),
+        like(k),
         _scale_like(q),
         _scale_like(k),
     ),
@@ -145,12 +136,12 @@ _norm_backward = register(
     " Tensor? k_weight, Tensor q_scale, Tensor k_scale, Tensor? position_ids, bool interleaved, bool weight_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _plain_norm_backward,
-    _fused("qk_norm_rope_backward"),
+    triton_path("rope_triton", "qk_norm_rope_backward"),
     lambda q_grad, k_grad, q, k, cos, sin, q_weight, k_weight, q_scale, k_scale, position_ids, interleaved, wanted: (
-        _like(q),
-        _like(k),
-        _weight_like(q_weight, q, wanted),
-        _weight_like(k_weight, k, wanted),
+        like(q),
+        like(k),
+        weight_like(q_weight, q, wanted),
+        weight_like(k_weight, k, wanted),
     ),
 )
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostvis_kernels.registry import check_distributed, register, stays_plain
+from ghostvis_kernels.registry import check_distributed, like, register, stays_plain, triton_path
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -46,38 +46,30 @@ def _plain_relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
     return (F.relu(x) * 2 * grad).contiguous()
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fused(name: str):
-    def load():
-        from ghostvis_kernels import swiglu_triton
-
-        return getattr(swiglu_triton, name)
-
-    return load
-
-
-_forward = register("swiglu(Tensor gate, Tensor up) -> Tensor", _plain, _fused("swiglu"), lambda gate, up: _like(gate))
+_forward = register(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    _plain,
+    triton_path("swiglu_triton", "swiglu"),
+    lambda gate, up: like(gate),
+)
 _backward = register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _plain_backward,
-    _fused("swiglu_backward"),
-    lambda grad, gate, up: (_like(gate), _like(up)),
+    triton_path("swiglu_triton", "swiglu_backward"),
+    lambda grad, gate, up: (like(gate), like(up)),
 )
 _packed_backward = register(
     "swiglu_packed_backward(Tensor grad, Tensor gate_up) -> Tensor",
     _plain_packed_backward,
-    _fused("swiglu_packed_backward"),
-    lambda grad, gate_up: _like(gate_up),
+    triton_path("swiglu_triton", "swiglu_packed_backward"),
+    lambda grad, gate_up: like(gate_up),
 )
-_relu2 = register("relu2(Tensor x) -> Tensor", _plain_relu2, _fused("relu2"), _like)
+_relu2 = register("relu2(Tensor x) -> Tensor", _plain_relu2, triton_path("swiglu_triton", "relu2"), like)
 _relu2_backward = register(
     "relu2_backward(Tensor grad, Tensor x) -> Tensor",
     _plain_relu2_backward,
-    _fused("relu2_backward"),
-    lambda grad, x: _like(x),
+    triton_path("swiglu_triton", "relu2_backward"),
+    lambda grad, x: like(x),
 )
 
 
