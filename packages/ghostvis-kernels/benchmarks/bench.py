@@ -5,16 +5,17 @@
     python packages/ghostvis-kernels/benchmarks/bench.py --all                # then bench_linear.py (CUDA)
 
 On CUDA a time is the median of `triton.testing.do_bench` (the cache is flushed before every call), the middle of
---rounds turns in which every way is timed after the other; decoding is timed as a CUDA graph over several caches, as a
-model with as many layers would run it. On a CPU it is the median processor time. A floor is bytes over the bandwidth of
-a copy, or operations over the rate of a large product. Peers that are not installed are left out.
+--rounds turns in which every way is timed after the other. Row ops are timed as a CUDA graph of calls on several
+inputs, which are larger than the cache together; decoding as one over several caches, as a model with as many layers
+would run it: so the host's time is in none of them, and `host` measures it apart. On a CPU a time is the median
+processor time. A floor is bytes over the bandwidth of a copy, or operations over the rate of a large product. Peers
+that are not installed are left out.
 """
 
 import argparse
 import importlib
 import inspect
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -26,13 +27,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ghostvis_kernels as gk
 from ghostvis_kernels.newton_schulz import newton_schulz_reference
 from ghostvis_kernels.optim import AdamW
 
-OPS = ("rows", "attention", "packed", "decode", "newton_schulz", "adamw")
+OPS = ("rows", "attention", "packed", "decode", "newton_schulz", "adamw", "host")
+INPUTS = 3  # of a row op's graph
 Call = Callable[[], Any]
+Inputs = Callable[[], list[Tensor]]
 
 
 class Shape(NamedTuple):
@@ -47,7 +51,8 @@ class Shape(NamedTuple):
 class Case(NamedTuple):
     name: str
     ways: dict[str, Call]  # ours first
-    floor_ms: float  # 0 where none is known
+    floor_ms: float
+    calls: int = 1  # in one run of a way
 
 
 class Machine(NamedTuple):
@@ -94,18 +99,51 @@ def in_turns(ways: dict[str, Call], rounds: int, cuda: bool) -> dict[str, float]
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def graph_of(calls: list[Call]) -> Call:
-    """A replay of all calls as one CUDA graph."""
+def graph_of(build: Callable[[], list[Call]]) -> Call:
+    """A replay, as one CUDA graph, of the calls that `build` returns; it runs on the graph's stream, for autograd."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
-        for call in calls[:2]:
+        calls = build()
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [call() for call in calls]  # held until all are captured, so that none writes where another has written
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def row_op(machine: Machine, name: str, ways: dict[str, Callable], make: Inputs, bytes_: tuple[float, float]):
+    """Forward, and backward through a graph that is kept, of an op that moves so many bytes."""
+    cuda = machine.device == "cuda"
+    count = INPUTS if cuda else 1
+    # Every way has inputs of its own: Liger's backward of SwiGLU writes into them.
+    inputs = {way: [make() for _ in range(count)] for way in ways}
+
+    def forward(way: str) -> list[Call]:
+        return [lambda one=one: ways[way](*one) for one in inputs[way]]
+
+    def backward(way: str) -> list[Call]:
+        calls: list[Call] = []
+        for one, call in zip(inputs[way], forward(way), strict=True):
+            out = call()
+            out = out if isinstance(out, tuple) else (out,)
+            seeds = [torch.randn_like(o) for o in out]
+            calls.append(lambda o=out, i=one, s=seeds: torch.autograd.grad(o, i, s, retain_graph=True))
+        return calls
+
+    for direction, build, floor in (("fwd", forward, bytes_[0]), ("bwd", backward, bytes_[1])):
+        if cuda:
+            built = {way: graph_of(lambda way=way, build=build: build(way)) for way in ways}
+        else:
+            built = {way: build(way)[0] for way in ways}
+        yield Case(f"{name} {direction}", built, floor / machine.bandwidth, count)
 
 
 def both_ways(
@@ -116,9 +154,8 @@ def both_ways(
     backward: dict[str, Call] = {}
     for way, f in ways.items():
         out = f(*inputs)
-        out = out if isinstance(out, tuple) else (out,)
-        seeds = [torch.randn_like(o) for o in out]
-        backward[way] = lambda out=out, seeds=seeds: torch.autograd.grad(out, inputs, seeds, retain_graph=True)
+        seed = torch.randn_like(out)
+        backward[way] = lambda out=out, seed=seed: torch.autograd.grad(out, inputs, seed, retain_graph=True)
     yield Case(f"{name} bwd", backward, floors[1])
 
 
@@ -126,40 +163,49 @@ def rows(machine: Machine, compile_: bool) -> Iterator[Case]:
     functional = find("liger_kernel.transformers.functional")
     for shape in machine.shapes:
         n, width = machine.tokens, shape.width
-        x, residual = (tensor(machine, n, width) for _ in range(2))
-        weight = tensor(machine, width)
-        unit = x.nbytes / machine.bandwidth
+        unit = n * width * machine.dtype.itemsize
 
         def norm(x: Tensor, w: Tensor) -> Tensor:
             return F.rms_norm(x, x.shape[-1:], w, 1e-6)
 
+        def one(n: int = n, width: int = width) -> list[Tensor]:
+            return [tensor(machine, n, width), tensor(machine, width)]
+
         ways = {"ours": gk.rms_norm, **plain_ways(norm, compile_)}
         if functional:
             ways["Liger"] = lambda x, w: functional.liger_rms_norm(x, w, 1e-6, in_place=False)
-        yield from both_ways(f"rms_norm {shape.name}", ways, [x, weight], (2 * unit, 3 * unit))
+        yield from row_op(machine, f"rms_norm {shape.name}", ways, one, (2 * unit, 3 * unit))
 
         def add_norm(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
             r = x + r
             return F.rms_norm(r, r.shape[-1:], w, 1e-6), r
 
+        def two(n: int = n, width: int = width) -> list[Tensor]:
+            return [tensor(machine, n, width), tensor(machine, n, width), tensor(machine, width)]
+
         ways = {"ours": gk.add_rms_norm, **plain_ways(add_norm, compile_)}
         if functional and hasattr(functional, "liger_fused_add_rms_norm"):
             ways["Liger"] = lambda x, r, w: functional.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False)
-        yield from both_ways(f"add_rms_norm {shape.name}", ways, [x, residual, weight], (4 * unit, 4 * unit))
+        yield from row_op(machine, f"add_rms_norm {shape.name}", ways, two, (4 * unit, 4 * unit))
         yield from heads(machine, shape, functional, compile_)
-        gate, up = (tensor(machine, n, shape.inner) for _ in range(2))
+
+        def gates(n: int = n, inner: int = shape.inner) -> list[Tensor]:
+            return [tensor(machine, n, inner), tensor(machine, n, inner)]
+
         ways = {"ours": gk.swiglu, **plain_ways(lambda g, u: F.silu(g) * u, compile_)}
         if functional:
             ways["Liger"] = functional.liger_swiglu
-        unit = gate.nbytes / machine.bandwidth
-        yield from both_ways(f"swiglu {shape.name}", ways, [gate, up], (3 * unit, 5 * unit))
+        unit = n * shape.inner * machine.dtype.itemsize
+        yield from row_op(machine, f"swiglu {shape.name}", ways, gates, (3 * unit, 5 * unit))
 
 
 def heads(machine: Machine, shape: Shape, functional: Any, compile_: bool) -> Iterator[Case]:
     n, half = machine.tokens, shape.size // 2
     angle = torch.outer(torch.arange(n), 10000.0 ** (-torch.arange(half) / half)).to(machine.device)
     cos, sin = angle.cos(), angle.sin()
-    q, k = tensor(machine, n, shape.heads, shape.size), tensor(machine, n, shape.kv_heads, shape.size)
+
+    def queries_and_keys() -> list[Tensor]:
+        return [tensor(machine, n, count, shape.size) for count in (shape.heads, shape.kv_heads)]
 
     def turn(x: Tensor) -> Tensor:
         x = F.rms_norm(x, x.shape[-1:], None, 1e-6)
@@ -180,8 +226,8 @@ def heads(machine: Machine, shape: Shape, functional: Any, compile_: bool) -> It
             return functional.liger_rope(q, k, *wide)
 
         ways["Liger"] = liger
-    unit = (q.nbytes + k.nbytes) / machine.bandwidth
-    yield from both_ways(f"qk_norm_rope {shape.name}", ways, [q, k], (2 * unit, 3 * unit))
+    unit = n * (shape.heads + shape.kv_heads) * shape.size * machine.dtype.itemsize
+    yield from row_op(machine, f"qk_norm_rope {shape.name}", ways, queries_and_keys, (2 * unit, 3 * unit))
 
 
 def attention(machine: Machine, compile_: bool) -> Iterator[Case]:
@@ -195,6 +241,9 @@ def attention(machine: Machine, compile_: bool) -> Iterator[Case]:
 
         forward = 2 * 4 * shape.heads * length**2 * shape.size / machine.rate
         ways: dict[str, Callable] = {"ours": gk.attention, "torch": sdpa}
+        if machine.device == "cuda":
+            for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+                ways[name] = sdpa_kernel(kernel)(sdpa)
         yield from both_ways(f"attention {shape.name} 4 x {length}", ways, [q, k, v], (forward, 2.5 * forward))
 
 
@@ -260,12 +309,12 @@ def decode(machine: Machine, compile_: bool) -> Iterator[Case]:
                     lambda c=c: sdpa(c) for c in caches
                 ]  # writes nothing into the cache, equal lengths
                 ways = (
-                    {"ours": graph_of(ours), "torch": graph_of(torchs)}
+                    {"ours": graph_of(lambda c=ours: c), "torch": graph_of(lambda c=torchs: c)}
                     if cuda
                     else {"ours": ours[0], "torch": torchs[0]}
                 )
-                title = f"decode {shape.name} {batch} x {length}, {layers} layers"
-                yield Case(title, ways, layers * bytes_ / machine.bandwidth)
+                title = f"decode {shape.name} {batch} x {length}"
+                yield Case(title, ways, bytes_ / machine.bandwidth, layers)
 
 
 def newton_schulz(machine: Machine, compile_: bool) -> Iterator[Case]:
@@ -303,6 +352,31 @@ def adamw(machine: Machine, compile_: bool) -> Iterator[Case]:
     yield Case(f"AdamW {count >> 20}M fp32 and a bf16 copy", ways, 7.5 * unit)
 
 
+def host(machine: Machine, compile_: bool) -> Iterator[Case]:
+    """The host's time of a call, without a wait for the device. The floor of our call is the call that it makes."""
+    shape = machine.shapes[0]
+    q, k, v = (tensor(machine, 1, 64, n, shape.size).detach() for n in (shape.heads, *[shape.kv_heads] * 2))
+
+    def sdpa() -> Tensor:
+        one, two, three = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(one, two, three, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def times(call: Call) -> float:
+        found = []
+        for _ in range(50):
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            found.append((time.perf_counter() - start) / 20 * 1e3)
+            if machine.device == "cuda":
+                torch.cuda.synchronize()
+        return statistics.median(found)
+
+    theirs, ours = times(sdpa), times(lambda: gk.attention(q, k, v))
+    print(f"\nattention on the host: {ours * 1e3:.1f} us a call, {theirs * 1e3:.1f} us without us\n")
+    return iter(())
+
+
 def plain_ways(plain: Callable, compile_: bool) -> dict[str, Callable]:
     return {"eager": plain} | ({"compile": torch.compile(plain, dynamic=False)} if compile_ else {})
 
@@ -318,18 +392,13 @@ def find(name: str) -> Any:
         return None
 
 
-def show(case: Case, times: dict[str, float]) -> str:
+def show(name: str, times: dict[str, float], floor_ms: float) -> str:
     ours = times["ours"]
-    share = f"{100 * case.floor_ms / ours:.0f} %" if case.floor_ms else "-"
-    cells = [
-        f"{times[way]:.3f} ({ours / times[way]:.2f})" if way in times else "-"
-        for way in ("eager", "compile", "Liger", "torch")
-    ]
-    return " | ".join([f"| {case.name}", f"{ours:.3f}", *cells, f"{case.floor_ms:.3f}", f"{share} |"])
+    peers = ", ".join(f"{way} {ms:.4g} ({ours / ms:.2f})" for way, ms in times.items() if way != "ours")
+    return f"| {name} | {ours:.4g} | {peers} | {floor_ms:.4g} | {100 * floor_ms / ours:.0f} % |"
 
 
 def main() -> None:
-    os.environ.setdefault("GHOSTVIS_KERNELS", "auto")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default=",".join(OPS), help=f"of {','.join(OPS)}")
     parser.add_argument("--rounds", type=int, default=3)
@@ -343,17 +412,26 @@ def main() -> None:
     if unknown := [op for op in wanted if op not in OPS]:
         parser.error(f"--ops names {unknown}; expected some of {OPS}")
     cuda = torch.cuda.is_available()
+    # A compiled function may else reuse what it saved, and refuses a second backward through a kept graph.
+    importlib.import_module("torch._functorch.config").donated_buffer = False
     machine = measure_machine(cuda)
     for op, path in gk.backends().items():
         print(f"{op}: {path}")
     speeds = f"copy {machine.bandwidth / 1e9:.2f} TB/s, {machine.dtype} product {machine.rate / 1e9:.2f} TFLOP/s"
     print(f"{speeds}, {machine.tokens} tokens\n")
-    print("| ms (ours / it) | ours | eager | torch.compile | Liger | torch's own | floor | of the floor |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    cases = dict(zip(OPS, (rows, attention, packed, decode, newton_schulz, adamw), strict=True))
+    print("| | ours, ms | peers, ms (ours / it) | floor, ms | of the floor |")
+    print("|---|---:|---|---:|---:|")
+    cases = dict(zip(OPS, (rows, attention, packed, decode, newton_schulz, adamw, host), strict=True))
     for op in wanted:
+        ahead: tuple[dict[str, float], float] = ({}, 0.0)
         for case in cases[op](machine, not options.no_compile):
-            print(show(case, in_turns(case.ways, options.rounds, cuda)), flush=True)
+            found = in_turns(case.ways, options.rounds, cuda)
+            times, floor_ms = {way: ms / case.calls for way, ms in found.items()}, case.floor_ms
+            print(show(case.name, times, floor_ms), flush=True)
+            if case.name.endswith(" bwd"):
+                both = {way: ms + times[way] for way, ms in ahead[0].items()}
+                print(show(f"{case.name[:-4]} both", both, ahead[1] + floor_ms), flush=True)
+            ahead = times, floor_ms
     if options.all:
         subprocess.run([sys.executable, str(Path(__file__).with_name("bench_linear.py"))], check=True)
 

@@ -14,7 +14,6 @@ import gc
 import importlib
 import inspect
 import math
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -197,7 +196,6 @@ def report(title: str, ways: Ways, floor: float, options: argparse.Namespace) ->
 
 
 def main() -> None:
-    os.environ.setdefault("GHOSTVIS_KERNELS", "auto")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default="loss,logprob,policy")
     parser.add_argument("--shapes", default=",".join(SHAPES))

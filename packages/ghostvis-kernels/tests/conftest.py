@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("GHOSTVIS_KERNELS", "auto")  # on CUDA the Triton paths are what is tested
 
 import pytest
 import torch

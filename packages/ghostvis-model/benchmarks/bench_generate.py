@@ -193,7 +193,7 @@ def main() -> None:
             size = (batch, arguments.prompt)
             prompts = torch.randint(0, model.config.text.vocab_size, size, generator=generator).tolist()
             sampling = Sampling(max_tokens=arguments.new, ignore_end=True)
-            found = ours(model, prompts, arguments.new, sampling)
+            found = ours(model, prompts, arguments.new, sampling, fused=False)
             floor = step_bytes(model, batch, arguments.prompt + arguments.new / 2) / rate
             line(shape, batch, "ghostvis", found["step_s"], floor)
             if arguments.fused and batch == 1:

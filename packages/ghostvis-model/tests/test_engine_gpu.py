@@ -69,22 +69,22 @@ def test_answers_grow_past_their_first_rows_on_cuda(model, monkeypatch):
     assert ask(Engine(copy.deepcopy(model).cuda()), wanted) == ask(Engine(model), wanted)
 
 
-def test_the_calculators_output_is_forced_while_steps_are_under_way(model):
+def test_the_calculators_output_is_forced_while_steps_are_under_way(model, monkeypatch):
     special, encode = model.tokenizer.special, model.tokenizer.encode
     cuda = copy.deepcopy(model).cuda()
     call = [special("<|python_start|>"), *encode("6*7"), special("<|python_end|>")]
     output = [special("<|output_start|>"), *encode("42"), special("<|output_end|>")]
-    engine = Engine(cuda, graphs=False)
-    original = type(engine._step).run
+    original = DecodeStep.run
 
     def run(self, rows, count, mode):
         tokens, logprobs = original(self, rows, count, mode)
-        for row, place in enumerate(rows.sampler.produced[:count].tolist()):  # already one further
-            if place - 1 < len(call):
-                tokens[row] = rows.tokens[row] = call[place - 1]
+        for row, produced in enumerate(rows.sampler.produced[:count].tolist()):  # with this step's, and the prefill's
+            if produced - 2 < len(call):
+                tokens[row] = rows.tokens[row] = call[produced - 2]
         return tokens, logprobs
 
-    engine._step.run = run.__get__(engine._step)
+    monkeypatch.setattr(DecodeStep, "run", run)
+    engine = Engine(cuda, graphs=False)
     prompt = prompts(model)[0]
     (request,) = engine.submit(prompt, Sampling(max_tokens=30, ignore_end=True))
     engine.run()

@@ -276,19 +276,21 @@ def _sides(causal: bool, window: int | None) -> tuple[int, int]:
 
 def _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend) -> None:
     packed = cu_seqlens is not None
-    layout = "(N, H, h), (N, K, h)" if packed else "(B, T, H, h), (B, S, K, h)"
-    shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    wanted = 3 if packed else 4
-    if q.dim() != wanted or k.shape != v.shape or k.dim() != wanted or q.shape[-1] != k.shape[-1]:
+    wanted, q_shape, k_shape = 3 if packed else 4, q.shape, k.shape  # torch makes a new object at each look
+    if len(q_shape) != wanted or k_shape != v.shape or len(k_shape) != wanted or q_shape[-1] != k_shape[-1]:
+        layout = "(N, H, h), (N, K, h)" if packed else "(B, T, H, h), (B, S, K, h)"
         raise ValueError(
-            f"attention: {shapes}; expected {layout} and v like k (cu_seqlens is {'given' if packed else 'None'})"
+            f"attention: {_shapes(q, k, v)}; expected {layout} and v like k "
+            f"(cu_seqlens is {'given' if packed else 'None'})"
         )
-    if not packed and q.shape[0] != k.shape[0]:
-        raise ValueError(f"attention: {shapes}; batches differ")
-    if q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"attention: q has H={q.shape[-2]} heads, k has K={k.shape[-2]}; K must divide H")
-    if (packed or causal or window is not None) and q.shape[-3] != k.shape[-3]:
-        raise ValueError(f"attention: {shapes}; queries and keys must be equally many unless causal=False, window=None")
+    if not packed and q_shape[0] != k_shape[0]:
+        raise ValueError(f"attention: {_shapes(q, k, v)}; batches differ")
+    if q_shape[-2] % k_shape[-2]:
+        raise ValueError(f"attention: q has H={q_shape[-2]} heads, k has K={k_shape[-2]}; K must divide H")
+    if (packed or causal or window is not None) and q_shape[-3] != k_shape[-3]:
+        raise ValueError(
+            f"attention: {_shapes(q, k, v)}; queries and keys must be equally many unless causal=False, window=None"
+        )
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; expected at least 1, or None")
     if softcap < 0:
@@ -302,3 +304,7 @@ def _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend) ->
         )
     if packed and q.is_cuda and max_seqlen is None:
         raise ValueError("attention: max_seqlen is None; on CUDA pass the longest document's length with cu_seqlens")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

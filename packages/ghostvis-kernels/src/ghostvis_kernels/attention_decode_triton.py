@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghostvis_kernels.aot import AotCase
+from ghostvis_kernels.tiles import early_launch
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = 1.4426950408889634
@@ -170,7 +171,7 @@ def decode(
     block_n, warps, stages = _tile(size, q.element_size(), block_m)
     block_h = max(16, triton.next_power_of_2(size))
     # Programmatic dependent launch: two launches a layer, each of them as long as a short cache takes.
-    early = {"EARLY": True, "launch_pdl": True} if _launches_early(q.device) else {"EARLY": False}
+    early = early_launch(q.device)
     decode_kernel[(batch * kv_heads, pieces, tiles)](
         q, keys, values, cache_len, k, v, out, partial, lse,
         scale * LOG2_E, new, window, pieces, kv_heads,
@@ -214,11 +215,6 @@ def _unit(x: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@lru_cache(maxsize=16)
-def _launches_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _HALF = ("q", "k_cache", "v_cache", "k", "v", "out")

@@ -70,7 +70,7 @@ def weight_like(weight: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
 
 
 def takes_triton(x: Tensor) -> bool:
-    """Whether a call on x runs Triton: never (`ref`, the default), on CUDA of sm_80 or later (`auto`), or anywhere."""
+    """Whether a call on x runs Triton: never (`ref`), on CUDA of sm_80 or later (`auto`, the default), or anywhere."""
     choice = kernel_choice()
     if x.dtype == torch.float64 or choice == "ref":
         return False
@@ -81,11 +81,8 @@ def takes_triton(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def kernel_choice() -> str:
-    """GHOSTVIS_KERNELS, checked; a constant of the graph under torch.compile.
-
-    `ref` until the tests marked gpu have passed on the kernels' last form: they ran on an H200 before the last tiles.
-    """
-    choice = os.environ.get("GHOSTVIS_KERNELS", "ref")
+    """GHOSTVIS_KERNELS, checked; a constant of the graph under torch.compile."""
+    choice = os.environ.get("GHOSTVIS_KERNELS", "auto")
     if choice not in CHOICES:
         raise ValueError(f"GHOSTVIS_KERNELS is {choice!r}; expected one of {CHOICES}")
     return choice

@@ -18,7 +18,7 @@ from torch import Tensor
 from ghostvis_kernels.aot import AotCase
 from ghostvis_kernels.backends import say_once
 from ghostvis_kernels.rms_norm import plain_add, plain_add_backward, plain_backward, plain_forward
-from ghostvis_kernels.tiles import MAX_WIDTH, power_of_two, programs, rows_of
+from ghostvis_kernels.tiles import MAX_WIDTH, early_launch, launches_early, power_of_two, programs, rows_of
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _forward(
 def _backward(
     grad, x, weight, scale, grad_total, grad_x, grad_low, partial, rows, g_stride, x_stride, t_stride, w_stride,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     lanes = tl.arange(0, LANES)[None, :]
@@ -118,6 +118,8 @@ def _backward(
                     grad_low + index * WIDTH + cols, rounded.to(tl.float32).to(grad_low.dtype.element_ty), mask=mask
                 )
     if partial is not None:
+        if EARLY:  # the sum of the partials may be launched; it waits for these stores
+            tl.extra.cuda.gdc_launch_dependents()
         out = partial + program.to(tl.int64) * WIDTH
         for piece in tl.static_range(PIECES):
             cols = piece * LANES + tl.arange(0, LANES)
@@ -125,7 +127,9 @@ def _backward(
 
 
 @triton.jit
-def _sum_partials(partial, out, partials, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _sum_partials(partial, out, partials, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     inside = (cols < width)[None, :]
     total = tl.zeros((ROWS, COLS), tl.float32)
@@ -140,8 +144,9 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     out = partial.new_empty(partial.shape[1], dtype=dtype)
     cols = 16
     _sum_partials[(triton.cdiv(partial.shape[1], cols),)](
-        partial, out, partial.shape[0], partial.shape[1], partial.stride(0), ROWS=128, COLS=cols, num_warps=8
-    )
+        partial, out, partial.shape[0], partial.shape[1], partial.stride(0), ROWS=256, COLS=cols, num_warps=8,
+        **early_launch(partial.device),
+    )  # fmt: skip
     return out
 
 
@@ -157,12 +162,15 @@ class Tile(NamedTuple):
     """Persistent programs of a processor, where the weight wants a gradient; 0 for a program per tile."""
 
 
-# Measured on one H200 with bf16 and 32,768 rows (torch 2.11, triton 3.6, 35 tiles, 2026-11-21). Of the fastest,
-# those without spills whose programs all fit on the chip at once under triton 3.9 too, which takes other registers.
+# Measured on one H200 with bf16 and 32,768 rows (torch 2.11, triton 3.6, 136 tiles, 2026-11-21). Of the fastest, those
+# without spills whose programs all fit on the chip at once under triton 3.9 too, which takes other registers.
 TILES = {
-    ("rms_norm_backward", 1280): Tile(256, 2, 2, 1, 4),
-    ("rms_norm_backward", 1536): Tile(256, 2, 2, 1, 4),
-    ("rms_norm_backward", 2048): Tile(1024, 2, 4, 1, 3),
+    ("rms_norm_backward", 1280): Tile(256, 1, 1, 1, 10),
+    ("rms_norm_backward", 1536): Tile(512, 2, 4, 1, 4),
+    ("rms_norm_backward", 2048): Tile(512, 1, 2, 1, 6),
+    ("add_rms_norm_backward", 1280): Tile(256, 2, 2, 2, 4),
+    ("add_rms_norm_backward", 1536): Tile(512, 1, 2, 2, 6),
+    ("add_rms_norm_backward", 2048): Tile(1024, 1, 4, 2, 4),
 }
 
 
@@ -294,7 +302,7 @@ def _run_backward(
         grad, x, None if weight is None else weight.contiguous(), scale, grad_total, grad_x, grad_low, partial,
         rows, grad.stride(0), x.stride(0), 0 if grad_total is None else grad_total.stride(0), 0,
         WIDTH=width, PIECES=triton.cdiv(width, tile.lanes), LANES=tile.lanes, ROWS=tile.rows,
-        ZERO_CENTERED=zero_centered, STAGES=tile.stages, num_warps=tile.warps,
+        ZERO_CENTERED=zero_centered, STAGES=tile.stages, EARLY=launches_early(x.device), num_warps=tile.warps,
     )  # fmt: skip
     return x.new_empty(0) if partial is None or weight is None else sum_partials(partial, weight.dtype)
 
@@ -302,9 +310,7 @@ def _run_backward(
 def _cases(width: int, dtype: str, slow: bool) -> list[AotCase]:
     found = []
 
-    def add(
-        kernel: object, pointers: dict, none: tuple, strides: tuple, tile: Tile, more: dict, **constants: int
-    ) -> None:
+    def add(kernel: object, pointers: dict, none: tuple, strides: tuple, tile: Tile, more: dict) -> None:
         signature = pointers | more | dict.fromkeys(strides, "i32") | {"rows": "i32"}
         shape = {
             "WIDTH": width,
@@ -313,8 +319,11 @@ def _cases(width: int, dtype: str, slow: bool) -> list[AotCase]:
             "ROWS": tile.rows,
             "ZERO_CENTERED": False,
         }
-        constants = shape | dict.fromkeys(none) | constants
-        narrow = tile.rows * tile.stages if kernel is _backward else 0  # the root of each row
+        constants = shape | dict.fromkeys(none)
+        narrow = 0
+        if kernel is _backward:
+            constants |= {"STAGES": tile.stages, "EARLY": False}
+            narrow = tile.rows * tile.stages  # the root of each row
         div16 = (*pointers, *strides)
         found.append(AotCase(kernel, signature, constants, div16, tile.warps, kind="row", slow=slow, narrow=narrow))
 
@@ -329,11 +338,11 @@ def _cases(width: int, dtype: str, slow: bool) -> list[AotCase]:
     total = {"grad_total": dtype}
     strides = ("g_stride", "x_stride", "t_stride", "w_stride")
     tile = backward_tile(width)
-    add(_backward, backward | total, ("grad_low", "weight", "partial"), strides, tile, {}, STAGES=tile.stages)
+    add(_backward, backward | total, ("grad_low", "weight", "partial"), strides, tile, {})
     tile = persistent_tile("rms_norm_backward", width)
-    add(_backward, backward | weighted, ("grad_low", "grad_total"), strides, tile, {}, STAGES=tile.stages)
+    add(_backward, backward | weighted, ("grad_low", "grad_total"), strides, tile, {})
     tile = persistent_tile("add_rms_norm_backward", width)
-    add(_backward, backward | total | weighted, ("grad_low",), strides, tile, {}, STAGES=tile.stages)
+    add(_backward, backward | total | weighted, ("grad_low",), strides, tile, {})
     return found
 
 
@@ -344,7 +353,7 @@ AOT_CASES = (
     AotCase(
         _sum_partials,
         {"partial": "*fp32", "out": "*bf16", "partials": "i32", "width": "i32", "stride": "i32"},
-        {"ROWS": 128, "COLS": 16},
+        {"ROWS": 256, "COLS": 16, "EARLY": False},
         ("partial", "out", "width", "stride"),
         8,
         kind="row",

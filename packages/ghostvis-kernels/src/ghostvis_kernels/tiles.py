@@ -1,6 +1,7 @@
-"""What the row kernels share on the host: rows as a strided matrix, and the size of a persistent grid."""
+"""What kernels share on the host: rows as a strided matrix, the size of a persistent grid, and how to launch early."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,3 +37,14 @@ def _processors(device: int) -> int:
 def programs(x: Tensor, per_processor: int) -> int:
     """Size of a persistent grid on the device of x."""
     return _processors(x.get_device()) * per_processor if x.is_cuda else _CPU_PROGRAMS
+
+
+@lru_cache(maxsize=64)
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one ahead has ended (programmatic dependent launch, sm_90)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_launch(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel that has the constexpr EARLY and then begins with `gdc_wait`."""
+    return {"EARLY": True, "launch_pdl": True} if launches_early(device) else {"EARLY": False}

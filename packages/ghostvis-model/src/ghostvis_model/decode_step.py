@@ -75,7 +75,7 @@ class Rows:
 class DecodeStep:
     """Reads the next token of the first `count` rows and chooses the one after it."""
 
-    def __init__(self, model: GhostVis, graphs: bool | None = None, fused: bool = False) -> None:
+    def __init__(self, model: GhostVis, graphs: bool | None = None, fused: bool = True) -> None:
         """graphs: capture CUDA graphs; None where they can be. fused: take the kernels of one row where they fit."""
         self._model = model
         possible = model.device.type == "cuda" and not _waits_for_the_host(model)
@@ -93,7 +93,7 @@ class DecodeStep:
     def forget(self) -> None:
         """Drop the captured graphs: weights or rows have moved."""
         self._captured.clear()
-        self._captured_for = self._fused = None
+        self._captured_for = self._fused = self._pool = None  # a pool without graphs cannot be taken again
 
     def run(self, rows: Rows, count: int, mode: Mode) -> tuple[Tensor, Tensor | None]:
         """Chosen tokens int64 [count] (-1 where no logit is finite), and log-probabilities where the mode has them.
@@ -167,7 +167,10 @@ class DecodeStep:
         rows.tokens[:count] = following
         rows.sampler.produced[:count] += rows.active[:count]
         if mode.penalized and rows.sampler.seen is not None:
-            rows.sampler.seen[:count].scatter_(1, following[:, None], True)
+            # Rehearsals and rows that stand still choose, too, but have seen nothing by it.
+            seen = rows.sampler.seen[:count]
+            marked = seen.gather(1, following[:, None]) | (rows.active[:count, None] > 0)
+            seen.scatter_(1, following[:, None], marked)
         return chosen, logprobs
 
     def _step(self, rows: Rows, count: int, mode: Mode) -> tuple[Tensor, Tensor | None]:

@@ -49,15 +49,14 @@ class Engine:
         max_batch: int = 64,
         calculator: bool = True,
         forbidden_ids: Sequence[int] = (),
-        graphs: bool | None = False,
-        fused: bool = False,
+        graphs: bool | None = None,
+        fused: bool = True,
     ) -> None:
         """max_batch: answers under way at once; further requests wait.
         calculator: work out what the model writes between python_start and python_end, and force the result.
         forbidden_ids: never sampled, besides the image placeholder and ids that the tokenizer does not have.
-        graphs: capture decoding steps as CUDA graphs; None wherever they can be. Off until that has run on a GPU.
-        fused: decode a lone row by the kernels of `decode_fused` where they fit (half precision, CUDA). Off until
-        their GPU tests have run: so far they were tested under the Triton interpreter and compiled for sm_90 only.
+        graphs: capture decoding steps as CUDA graphs; None wherever they can be.
+        fused: decode a lone row by the kernels of `decode_fused` where they fit (half precision, CUDA).
         """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; expected at least 1")

@@ -63,6 +63,7 @@ def report(
     model = GhostVis.from_pretrained(folder, device)
     results: dict[str, dict[str, dict[str, Score]]] = {}
     figures: dict[str, dict[str, float]] = {}
+    majorities: dict[tuple[str, str], dict[str, str]] = {}
     for name in recipe.evaluations:
         dataset, task = recipe.evaluation(name), recipe.task_of(name)
         count = min(len(dataset), max_samples or len(dataset))
@@ -81,7 +82,10 @@ def report(
                 figures[name] = task.further_figures(replies, questions)
             if view == "seen" and name == next(iter(recipe.evaluations)) and max_samples is None:
                 samples.save(folder.parent / "samples", asked, replies, judged)
-        majority = task.majority(Dataset(recipe.baseline_of(name)))
+        baseline = (str(recipe.baseline_of(name)), task.name)
+        if baseline not in majorities:  # read once: the tiny world's has 16,000 samples
+            majorities[baseline] = task.majority(Dataset(recipe.baseline_of(name)))
+        majority = majorities[baseline]
         guesses = [majority.get(question.type, "") for question in questions]
         results[name]["majority"] = summarize(questions, task.judge_all(guesses, questions))
         print(table(name, results[name]), flush=True)
@@ -154,11 +158,16 @@ def with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[bytes])
 
 
 def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, max_tokens: int, label: str) -> list[str]:
-    """Greedy replies of at most `max_tokens` tokens to many conversations, with a progress line."""
+    """Greedy replies of at most `max_tokens` tokens to many conversations, with a progress line.
+
+    What is asked twice, as most questions are without their pictures, is answered once.
+    """
     tokenizer = tokenizer_of(model)
     started = time.perf_counter()
     rendered = [render_for_completion(c, tokenizer, model.config.tokens_per_image) for c in conversations]
-    by_length = sorted(range(len(rendered)), key=lambda number: len(rendered[number].ids))
+    known: dict[tuple[tuple[int, ...], tuple[Any, ...]], int] = {}
+    first = [known.setdefault((tuple(r.ids), tuple(r.images)), number) for number, r in enumerate(rendered)]
+    by_length = sorted(known.values(), key=lambda number: len(rendered[number].ids))
     replies = [""] * len(rendered)
     for start in range(0, len(by_length), batch_size):
         numbers = by_length[start : start + batch_size]
@@ -168,9 +177,9 @@ def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, max_t
         if sys.stdout.isatty():
             done = start + len(numbers)
             rate = done / (time.perf_counter() - started)
-            left = (len(replies) - done) / rate
-            print(f"{label}: {done}/{len(replies)}  {rate:,.0f}/s  {left:.0f} s left ", end="\r", flush=True)
-    return replies
+            left = (len(by_length) - done) / rate
+            print(f"{label}: {done}/{len(by_length)}  {rate:,.0f}/s  {left:.0f} s left ", end="\r", flush=True)
+    return [replies[number] for number in first]
 
 
 def table(name: str, scores: dict[str, dict[str, Score]]) -> str:

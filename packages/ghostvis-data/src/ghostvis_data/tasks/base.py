@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from ghostvis_data.errors import DataError, explain
@@ -204,6 +205,7 @@ def stripped(reply: str, question: Question) -> str:
     return reply.strip()
 
 
+@lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     """Lower case, single spaces, without the full stop at the end."""
     return re.sub(r"\s+", " ", text).strip().lower().removesuffix(".").rstrip()
