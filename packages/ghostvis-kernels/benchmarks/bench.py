@@ -413,7 +413,7 @@ def main() -> None:
         parser.error(f"--ops names {unknown}; expected some of {OPS}")
     cuda = torch.cuda.is_available()
     # A compiled function may else reuse what it saved, and refuses a second backward through a kept graph.
-    importlib.import_module("torch._functorch.config").donated_buffer = False
+    find("torch._functorch.config").donated_buffer = False
     machine = measure_machine(cuda)
     for op, path in gk.backends().items():
         print(f"{op}: {path}")

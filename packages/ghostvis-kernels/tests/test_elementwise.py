@@ -205,6 +205,40 @@ def test_more_than_two_to_the_31_elements_are_all_reached():
     assert bool((gk.swiglu_packed(x)[-3:] == gk.swiglu_packed(x)[0, 0]).all())
 
 
+@pytest.mark.gpu
+def test_a_search_finds_a_tile_that_gives_the_same_gradients(normal, monkeypatch):
+    from ghostvis_kernels import rms_norm_triton, tuning
+
+    x, weight, grad = (
+        normal(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((512, 640), (640,), (512, 640))
+    )
+    expected = torch.autograd.grad(gk.rms_norm(x, weight), (x, weight), grad)
+    few = [rms_norm_triton.Tile(256, 1, 1, 1, 8), rms_norm_triton.Tile(256, 2, 2, 2, 4)]
+    monkeypatch.setattr(rms_norm_triton, "persistent_tiles", lambda width: iter(few))
+    monkeypatch.setattr(tuning, "found", {})
+    monkeypatch.setenv("GHOSTVIS_KERNELS_SEARCH", "1")
+    found = torch.autograd.grad(gk.rms_norm(x, weight), (x, weight), grad)
+    ((tile, ms),) = tuning.found.values()
+    assert tile in few
+    assert ms > 0
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-2, atol=1e-2)  # rows are summed in another order
+
+
+def test_a_search_is_asked_for_by_0_or_1(monkeypatch):
+    tuning = pytest.importorskip("ghostvis_kernels.tuning")
+    assert not tuning.searches()
+    monkeypatch.setenv("GHOSTVIS_KERNELS_SEARCH", "yes")
+    with pytest.raises(ValueError, match=r"GHOSTVIS_KERNELS_SEARCH is 'yes'; expected 0 or 1"):
+        tuning.searches()
+
+
+def test_every_tile_of_the_table_is_among_those_that_a_search_tries():
+    kernels = pytest.importorskip("ghostvis_kernels.rms_norm_triton")
+    for (_, width), tile in kernels.TILES.items():
+        assert tile in set(kernels.persistent_tiles(width)), (width, tile)
+
+
 def every_op(device):
     """name: (call, inputs) with views of uneven strides among the inputs."""
     cos, sin = tables(6, 8, device)

@@ -8,6 +8,8 @@ warp waits for another.
 Shape letters: N rows, D width.
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from ghostvis_kernels.aot import AotCase
 from ghostvis_kernels.backends import say_once
 from ghostvis_kernels.rms_norm import plain_add, plain_add_backward, plain_backward, plain_forward
 from ghostvis_kernels.tiles import MAX_WIDTH, early_launch, launches_early, power_of_two, programs, rows_of
+from ghostvis_kernels.tuning import quickest, searches
 
 
 @triton.jit
@@ -199,6 +202,18 @@ def persistent_tile(op: str, width: int) -> Tile:
     return Tile(lanes, 1024 // lanes, 4, 2 if op == "add_rms_norm_backward" else 1, 3)
 
 
+def persistent_tiles(width: int) -> Iterator[Tile]:
+    """What a search tries: 8 or 16 columns a thread and piece, at most 64 sums a thread and 32 warps a processor."""
+    for lanes, rows, warps, stages in product((256, 512, 1024, 2048), (1, 2, 4), (1, 2, 4, 8), (1, 2)):
+        pieces = triton.cdiv(width, lanes)
+        wasted = pieces * lanes > 1.25 * width
+        if wasted or lanes * rows not in (256 * warps, 512 * warps) or pieces * lanes * rows > 2048 * warps:
+            continue
+        for per_processor in (2, 3, 4, 6, 8, 10, 12):
+            if 8 <= warps * per_processor <= 32:
+                yield Tile(lanes, rows, warps, stages, per_processor)
+
+
 def _fits(op: str, x: Tensor) -> bool:
     """Whether rows of x fit in registers, and the arithmetic is fp32."""
     if x.shape[-1] > MAX_WIDTH:
@@ -290,21 +305,30 @@ def _run_backward(
     grad, x = rows_of(grad), rows_of(x)
     grad_total = None if grad_total is None else rows_of(grad_total)
     rows, width = x.shape
-    weight_grad = weight_grad and weight is not None
-    if weight_grad:
-        tile = persistent_tile(op, width)
-        grid = min(triton.cdiv(rows, tile.rows), programs(x, tile.per_processor))
-    else:
-        tile = backward_tile(width)
+    flat = None if weight is None else weight.contiguous()
+
+    def launch(tile: Tile) -> Tensor | None:
         grid = triton.cdiv(rows, tile.rows)
-    partial = x.new_empty((grid, width), dtype=torch.float32) if weight_grad else None
-    _backward[(grid,)](
-        grad, x, None if weight is None else weight.contiguous(), scale, grad_total, grad_x, grad_low, partial,
-        rows, grad.stride(0), x.stride(0), 0 if grad_total is None else grad_total.stride(0), 0,
-        WIDTH=width, PIECES=triton.cdiv(width, tile.lanes), LANES=tile.lanes, ROWS=tile.rows,
-        ZERO_CENTERED=zero_centered, STAGES=tile.stages, EARLY=launches_early(x.device), num_warps=tile.warps,
-    )  # fmt: skip
-    return x.new_empty(0) if partial is None or weight is None else sum_partials(partial, weight.dtype)
+        if tile.per_processor:
+            grid = min(grid, programs(x, tile.per_processor))
+        partial = x.new_empty((grid, width), dtype=torch.float32) if tile.per_processor else None
+        _backward[(grid,)](
+            grad, x, flat, scale, grad_total, grad_x, grad_low, partial,
+            rows, grad.stride(0), x.stride(0), 0 if grad_total is None else grad_total.stride(0), 0,
+            WIDTH=width, PIECES=triton.cdiv(width, tile.lanes), LANES=tile.lanes, ROWS=tile.rows,
+            ZERO_CENTERED=zero_centered, STAGES=tile.stages, EARLY=launches_early(x.device), num_warps=tile.warps,
+        )  # fmt: skip
+        return None if partial is None or flat is None else sum_partials(partial, flat.dtype)
+
+    if flat is None or not weight_grad:
+        launch(backward_tile(width))
+        return x.new_empty(0)
+    tile = persistent_tile(op, width)
+    if searches() and x.is_cuda:
+        tile = quickest((op, width, rows, x.dtype, x.device), persistent_tiles(width), launch)
+    summed = launch(tile)
+    assert summed is not None  # a persistent tile
+    return summed
 
 
 def _cases(width: int, dtype: str, slow: bool) -> list[AotCase]:
