@@ -17,9 +17,10 @@ Everything is a pure function of (split, index, seed): the same on every machine
 import itertools
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -147,6 +148,19 @@ def cell_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return colours, shapes
 
 
+class Counts(NamedTuple):
+    """How many objects of a scene have each shape, colour, and both."""
+
+    shape: Counter[str]
+    colour: Counter[str]
+    pair: Counter[tuple[str, str]]
+
+    @classmethod
+    def of(cls, scene: Scene) -> Self:
+        o = scene.objects
+        return cls(Counter(x.shape for x in o), Counter(x.colour for x in o), Counter(x.pair for x in o))
+
+
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
     """At most one question of each type, in random order; in the split ``combinations`` all about a held-out object.
 
@@ -168,8 +182,9 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
         found.append(Question(kind, text, answer))
         named.update(words)
 
-    by_shape = [o for o in objects if _unique(scene, shape=o.shape)]
-    by_colour = [o for o in objects if _unique(scene, colour=o.colour)]
+    counts = Counts.of(scene)
+    by_shape = [o for o in objects if counts.shape[o.shape] == 1]
+    by_colour = [o for o in objects if counts.colour[o.colour] == 1]
     pairs = [(a, b) for a in [*by_shape, None] for b in [*by_colour, None] if a is not b]
     if pairs:
         a, b = rng.choice([p for p in pairs if None not in p] or pairs)
@@ -177,22 +192,21 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
             ask("colour", f"What colour is the {a.shape}?", f"It is {a.colour}", a.shape)
         if b is not None:
             ask("shape", f"What shape is the {b.colour} object?", f"A {b.shape}", b.colour)
-    referable = [(o, reference) for o in objects if (reference := _reference(scene, o, rng))]
+    referable = [(o, reference) for o in objects if (reference := _reference(counts, o, rng))]
     if referable:
         o, reference = rng.choice(referable)
         ask("where", f"Where is {reference}?", _at(o.cell).capitalize(), *reference.split())
     if scene.split != "combinations":
         ask("count", "How many objects are there?", NUMBERS[len(scene.objects)])
-        present = {o.colour for o in scene.objects}
         wanted = rng.random() < 0.5
-        colour = rng.choice(_prefer_unnamed([c for c in COLOURS if (c in present) == wanted], named))
+        colour = rng.choice(_prefer_unnamed([c for c in COLOURS if (c in counts.colour) == wanted], named))
         ask("exists", f"Is there a {colour} object?", "yes" if wanted else "no")
-        counts = [sum(o.shape == shape for o in scene.objects) for shape in SHAPES]
+        numbers = [counts.shape[shape] for shape in SHAPES]
         # Without weights by count, two thirds of the answers would be "zero".
         weights = [
-            (0.35, 1, 3, 5, 8)[n] * (0.3 if shape in named else 1) for shape, n in zip(SHAPES, counts, strict=True)
+            (0.35, 1, 3, 5, 8)[n] * (0.3 if shape in named else 1) for shape, n in zip(SHAPES, numbers, strict=True)
         ]
-        shape, n = rng.choices(list(zip(SHAPES, counts, strict=True)), weights=weights)[0]
+        shape, n = rng.choices(list(zip(SHAPES, numbers, strict=True)), weights=weights)[0]
         ask("count_shape", f"How many {_plural(shape)} are there?", NUMBERS[n])
         relation = _relation(referable, rng)
         if relation:
@@ -292,31 +306,27 @@ def _vary(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int, 
     return red, green, blue
 
 
-def _unique(scene: Scene, *, colour: str | None = None, shape: str | None = None) -> bool:
-    return sum(colour in (None, o.colour) and shape in (None, o.shape) for o in scene.objects) == 1
-
-
-def _reference(scene: Scene, o: Object, rng: random.Random) -> str | None:
+def _reference(counts: Counts, o: Object, rng: random.Random) -> str | None:
     """The shortest words that mean this object alone; both attributes only where one would not do; None if neither."""
-    names = [f"the {o.shape}"] if _unique(scene, shape=o.shape) else []
-    names += [f"the {o.colour} object"] if _unique(scene, colour=o.colour) else []
-    if not names and _unique(scene, colour=o.colour, shape=o.shape):
+    names = [f"the {o.shape}"] if counts.shape[o.shape] == 1 else []
+    names += [f"the {o.colour} object"] if counts.colour[o.colour] == 1 else []
+    if not names and counts.pair[o.pair] == 1:
         names = [f"the {o.colour} {o.shape}"]
     return rng.choice(names) if names else None
 
 
 def _relation(referable: list[tuple[Object, str]], rng: random.Random) -> Question | None:
     """Whether one object is left of, right of, above or below another that is not level with it; yes half the time."""
-    choices: dict[bool, list[str]] = {True: [], False: []}
+    choices: dict[bool, list[tuple[str, str, str]]] = {True: [], False: []}
     for (a, name_a), (b, name_b) in itertools.permutations(referable, 2):
         for words, (down, right) in _DIRECTIONS.items():
             distance = down * (a.cell // GRID - b.cell // GRID) + right * (a.cell % GRID - b.cell % GRID)
             if distance:
-                choices[distance > 0].append(f"Is {name_a} {words} {name_b}?")
+                choices[distance > 0].append((name_a, words, name_b))
     if not choices[True]:
         return None
     answer = rng.random() < 0.5
-    return Question("relation", rng.choice(choices[answer]), "yes" if answer else "no")
+    return Question("relation", f"Is {' '.join(rng.choice(choices[answer]))}?", "yes" if answer else "no")
 
 
 def _prefer_unnamed(words: list[str], named: set[str]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ghostvis_kernels.registry import constant_in_graphs
+
 # FlashAttention-4 shares the folder of FlashAttention-2, so its submodule is what is imported.
 MODULES = {"flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
 
@@ -46,7 +48,7 @@ def find_flash(device: int) -> Flash:
     return Flash("", "; ".join(reasons))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def flash_name(device: int) -> str:
     """Name of the package to use, "" for none; a constant of the graph under torch.compile."""
     return find_flash(device).name

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from ghostvis_kernels.attention_flash import find_flash
-from ghostvis_kernels.registry import kernel_choice
+from ghostvis_kernels.registry import constant_in_graphs, kernel_choice
 
 log = logging.getLogger("ghostvis_kernels")
 
@@ -38,23 +38,23 @@ def find_varlen_attention() -> Found:
 
 # Looked for at the first call on CUDA, not at import: varlen alone pulls in torch's compiler (seconds). Plain constants
 # to torch.compile, so that the search does not break the graph.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def has_varlen_attention() -> bool:
     return find_varlen_attention().there
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def varlen_takes_groups() -> bool:
     return find_varlen_attention().grouped
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def prefers_cudnn(device: int) -> bool:
     """cuDNN before flash: 503 against 302 TFLOP/s forward and backward on one H200 (torch 2.11)."""
     return capability(device) >= (9, 0)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def cudnn_comes_first(device: int) -> bool:
     """Whether torch's own order takes cuDNN (torch 2.11 with cuDNN 9.19 does): naming an order costs 17 us a call."""
     return _torch_takes_cudnn(device)

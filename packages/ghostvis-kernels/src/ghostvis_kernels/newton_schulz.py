@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ghostvis_kernels.registry import kernel_choice, register
+from ghostvis_kernels.registry import constant_in_graphs, kernel_choice, register
 
 COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
@@ -27,7 +27,7 @@ COEFFICIENTS = (
 SMALL = 1e11
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def cpu_dtype() -> torch.dtype:
     """Dtype of the iteration on a CPU."""
     return _cpu_dtype()
