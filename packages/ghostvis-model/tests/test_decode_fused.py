@@ -18,8 +18,9 @@ from ghostvis_model.int8 import quantize_int8
 from ghostvis_model.sampling import Mode
 from ghostvis_model.vlm import GhostVis
 
-for name, (_, columns, warps) in TILES.items():
-    TILES[name] = (16, min(columns, 64), warps)  # few programs: the interpreter takes milliseconds for each
+for name in ("qkv", "out", "swiglu", "down", "head"):  # few programs: the interpreter takes milliseconds for each
+    for columns in (64, 96, 160, 192):
+        TILES[name, columns] = (8, 2, 32 if columns < 160 else 64, 4)
 GREEDY = Mode(False, False, False, False, 1)
 ghost = dataclasses.replace(
     get_config(2, 64, 256), num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, hidden_size=64,

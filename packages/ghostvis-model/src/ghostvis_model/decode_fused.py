@@ -47,6 +47,11 @@ class FusedStep:
         groups = heads // kv_heads
         wanted = PIECES_PER_SM * _multiprocessors(device) // kv_heads
         self._pieces = max(1, min(wanted, rows.cache.capacity // KEYS, 64))
+        # Query heads added up at once: 12288 numbers are 96 registers of each thread, and with more of them they spill.
+        most = max(1, 12288 // ((1 << (self._pieces - 1).bit_length()) * size))
+        self._at_once = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
+        # Tokens loaded ahead in shared memory pay where a piece is long; the first tile is in registers anyway.
+        self._stages = 3 if rows.cache.capacity > 8 * KEYS * self._pieces else 1
 
         def buffer(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
@@ -62,8 +67,9 @@ class FusedStep:
         """float32 [1, V]."""
         self.chosen = buffer(1, kind=torch.long)
         """int64 [1]: the likeliest token, -1 where logits are not finite."""
-        self._tile = {name: _tile(name, *shape) for name, shape in self._shapes().items()}
-        blocks = -(-text.vocab_size // self._tile["head"]["BN"])
+        self._tile = {name: tile_of(name, *shape, dtype) for name, shape in self._shapes().items()}
+        head = self._tile["head"]
+        blocks = -(-text.vocab_size // (head["W"] * head["R"]))
         self._best, self._where = buffer(blocks), buffer(blocks, kind=torch.int32)
         self._forbidden = buffer(text.vocab_size, kind=torch.int8)
         self._forbidden[rows.sampler.forbidden] = 1
@@ -103,26 +109,26 @@ class FusedStep:
             tile = self._tile["qkv"]
             parts = [_parts(p) for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
             weights, biases, scales = zip(*parts, strict=True)
-            kernels.qkv_kernel[((heads + 2 * kv_heads) * size // tile["BN"],)](
+            kernels.qkv_kernel[((heads + 2 * kv_heads) * size // (tile["W"] * tile["R"]),)](
                 self._x, _or(layer.attention_norm, self._x), *weights, *biases, *scales, self._qkv, eps,
                 D=width, NQ=heads * size, NK=kv_heads * size, NORM=text.norm_weight, BIAS=text.qkv_bias,
-                INT8=weights[0].dtype == torch.int8, **_lines(weights[0], tile), **early,
+                INT8=weights[0].dtype == torch.int8, **_fitted(tile, weights[0]), **early,
             )  # fmt: skip
             keys, values = rows.cache.keys[index], rows.cache.values[index]
             kernels.attention_kernel[(kv_heads, self._pieces)](
                 self._qkv, keys, values, rows.cache.lengths, decoder.cos, decoder.sin, self._partial, self._sums,
                 self._done, self._mixed, eps, size**-0.5, keys.stride(1),
                 H=heads, K=kv_heads, SIZE=size, G=groups, GP=max(16, 1 << (groups - 1).bit_length()),
-                SPLITS=self._pieces, SPLITS_P=1 << (self._pieces - 1).bit_length(), BS=KEYS, NORM=text.qk_norm,
-                num_warps=4, **early,
+                SPLITS=self._pieces, SPLITS_P=1 << (self._pieces - 1).bit_length(), AT_ONCE=self._at_once, BS=KEYS,
+                NORM=text.qk_norm, num_warps=4, num_stages=self._stages, **early,
             )  # fmt: skip
             self._add("out", layer.o_proj, self._mixed, early)
             tile = self._tile["swiglu"]
             gate, up = _parts(layer.gate_proj), _parts(layer.up_proj)
-            kernels.swiglu_kernel[(text.intermediate_size // tile["BN"],)](
+            kernels.swiglu_kernel[(text.intermediate_size // (tile["W"] * tile["R"]),)](
                 self._x, _or(layer.mlp_norm, self._x), gate[0], up[0], gate[1], up[1], gate[2], up[2], self._hidden,
                 eps, D=width, NORM=text.norm_weight, BIAS=text.linear_bias, INT8=gate[0].dtype == torch.int8,
-                **_lines(gate[0], tile), **early,
+                **_fitted(tile, gate[0]), **early,
             )  # fmt: skip
             self._add("down", layer.down_proj, self._hidden, early)
         tile = self._tile["head"]
@@ -132,21 +138,21 @@ class FusedStep:
             self._x, _or(decoder.norm, self._x), weight, scale, self._forbidden, self.logits, self._best, self._where,
             eps, text.logit_softcap, text.vocab_size,
             D=width, NORM=text.norm_weight, CAP=text.logit_softcap > 0, INT8=weight.dtype == torch.int8,
-            **_lines(weight, tile), **early,
+            **_fitted(tile, weight), **early,
         )  # fmt: skip
         if pick:
             kernels.pick_kernel[(1,)](
                 self._best, self._where, rows.tokens, self.chosen, rows.cache.lengths, rows.sampler.produced,
-                rows.active, blocks, BLOCK=1024, num_warps=8, **early,
+                rows.active, blocks, BLOCK=8192, num_warps=32, **early,
             )  # fmt: skip
 
     def _add(self, name: str, projection: nn.Module, x: Tensor, early: dict[str, Any]) -> None:
         tile = self._tile[name]
         weight, bias, scale = _parts(projection)
-        _kernels().add_linear_kernel[(weight.shape[0] // tile["BN"],)](
+        _kernels().add_linear_kernel[(weight.shape[0] // (tile["W"] * tile["R"]),)](
             x, weight, bias, scale, self._x,
             D=weight.shape[1], BIAS=self._model.config.text.linear_bias, INT8=weight.dtype == torch.int8,
-            **_lines(weight, tile), **early,
+            **_fitted(tile, weight), **early,
         )  # fmt: skip
 
 
@@ -168,31 +174,49 @@ def _or(given: Tensor | None, other: Tensor) -> Tensor:
     return other if given is None else given
 
 
-# Of each kernel: rows of the weight that a program takes, columns at a time, warps.
-TILES = {
-    "qkv": (4, 256, 4),
-    "out": (4, 256, 4),
-    "swiglu": (4, 256, 4),
-    "down": (2, 512, 4),
-    "head": (8, 256, 4),
+# (kernel, columns of its weight): rows at a time (W), times (R), columns at a time (BK, of 2-byte weights), warps.
+# Measured on one H200 in whole steps of d20 and Qwen2.5-1.5B (torch 2.11, triton 3.6, seven tiles each, 2026-11-21).
+TILES: dict[tuple[str, int], tuple[int, int, int, int]] = {
+    ("qkv", 1280): (8, 1, 256, 8),
+    ("out", 1280): (2, 1, 256, 2),
+    ("swiglu", 1280): (4, 2, 256, 4),
+    ("down", 3456): (8, 1, 256, 8),
+    ("head", 1280): (4, 1, 256, 4),
+    ("qkv", 1536): (2, 1, 256, 2),
+    ("out", 1536): (4, 1, 256, 4),
+    ("swiglu", 1536): (4, 1, 256, 4),
+    ("down", 8960): (2, 1, 1024, 8),
+    ("head", 1536): (4, 2, 256, 4),
 }
+HELD = 14  # loads of 16 bytes that a thread may have under way where no tile was measured: 56 of its registers
 
 
-def _tile(name: str, rows: int, columns: int) -> dict[str, int]:
-    bn, bk, warps = TILES[name]
-    while rows % bn:
-        bn //= 2
+def tile_of(name: str, rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile for one kernel; `rows` must be cut evenly.
+
+    Not measured ones: a row for each of 4 warps, or as many more warps for a row as keep its loads in registers.
+    """
     if columns % 8:
         raise ValueError(f"{name} weights have {columns} columns; the fused step needs a multiple of 8")
-    return {"BN": bn, "BK": bk, "num_warps": warps}
+    if (name, columns) in TILES:
+        w, r, bk, warps = TILES[name, columns]
+    else:
+        matrices = 2 if name == "swiglu" else 1
+        w, r, bk, warps = 4, 1, 256, 4
+        while matrices * -(-columns // bk) > HELD:
+            w, bk, warps = (w // 2, bk * 2, warps) if w > 1 else (w, bk * 2, warps * 2)
+        if name == "head" and 2 * -(-columns // bk) <= HELD:
+            r = 2
+    while r > 1 and rows % (w * r):
+        r //= 2
+    while rows % (w * r):
+        w //= 2
+    return {"W": w, "R": r, "BK": bk * 2 // dtype.itemsize, "num_warps": warps}
 
 
-def _lines(weight: Tensor, tile: dict[str, int]) -> dict[str, int]:
-    """The tile of this weight, with what its prefetch needs; int8 is loaded 16 bytes a thread, too."""
-    line = 128 // weight.element_size()
-    tile = {**tile, "BK": tile["BK"] * (2 if weight.element_size() == 1 else 1)}
-    lines = -(-tile["BN"] * weight.shape[1] // line)
-    return {**tile, "LINE": line, "LINES": 1 << (lines - 1).bit_length()}
+def _fitted(tile: dict[str, int], weight: Tensor) -> dict[str, int]:
+    """int8 is loaded 16 bytes a thread, too."""
+    return {**tile, "BK": tile["BK"] * 2} if weight.dtype == torch.int8 else tile
 
 
 @lru_cache(maxsize=16)

@@ -1,9 +1,13 @@
 """Triton kernels of one decoding step for one row: five launches a layer, none of them waiting for weights.
 
 A step of one row reads every weight once and computes next to nothing, so all that counts is that the memory never
-rests. Each kernel is launched while the one before still runs (programmatic dependent launch, sm_90), asks the cache
-for its weights, and only then waits for its input. Weights are bfloat16, float16 or float32, or int8 with a scale per
-output row.
+rests. A program asks for all of its weights at once and holds them in registers; each kernel is launched while the one
+before still runs (programmatic dependent launch, sm_90) and waits for its input only when its weights are under way.
+The registers of the chip hold half a layer in that way. Weights are bfloat16, float16 or float32, or int8 with a scale
+per output row.
+
+A tile is W rows at a time, R times, each row in pieces of BK columns; with W = warps and BK = 32 * 16 bytes a row is a
+warp's own.
 
 Shape letters: D model width, F MLP width, H query heads, K key/value heads, h head size, V vocabulary, S room of the
 cache.
@@ -18,53 +22,72 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _prefetch(w, first, K, ROWS, LINE, LINES):
-    """Ask the L2 cache for `ROWS` rows of a weight [*, K], LINE elements (128 bytes) at a time."""
-    if not _INTERPRETED:
-        # Lines behind the end of the rows are taken too: the last address is clamped, not masked.
-        at = tl.minimum(tl.arange(0, LINES) * LINE, ROWS * K - LINE)
-        where = (w + first.to(tl.int64) * K + at).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _wait(PDL):
-    """Until the kernel before is done; then the next may be launched."""
+def _launch_next(PDL: tl.constexpr):
+    """Programs of the next kernel may start; what they must not read early they wait for."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _rows_dot(w, first, x, norm, K, BN, BK, NORM):
-    """(rows first .. first+BN of w [*, K]) times x [K] -> float32 [BN], and the sum of squares of x.
+def _wait(PDL: tl.constexpr):
+    """Until the kernel before, and so every one before that, is done."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _load_rows(w, first, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    """Rows first .. first + W R of w [*, D], as a tuple of R cdiv(D, BK) tensors [W, BK]; zeros behind the end."""
+    row, column = first + tl.arange(0, W), tl.arange(0, BK)
+    tiles = ()
+    for r in tl.static_range(R):
+        there = w + (row + r * W).to(tl.int64)[:, None] * D + column[None, :]
+        for start in tl.static_range(0, D, BK):
+            if start + BK <= D:
+                tile = tl.load(there + start, eviction_policy="evict_first")
+            else:
+                inside = (column < D - start)[None, :]
+                tile = tl.load(there + start, mask=inside, other=0, eviction_policy="evict_first")
+            tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def _dots(
+    tiles, x, norm, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """What `_load_rows` found times x [D]: a tuple of R float32 [W]; and [W] times the sum of squares of x.
 
     With NORM x is scaled by the norm's weight; the norm's root is one number and is left to the caller.
     """
-    row = first + tl.arange(0, BN)
-    column = tl.arange(0, BK)
-    there = w + row.to(tl.int64)[:, None] * K + column[None, :]
-    total = tl.zeros((BN, BK), tl.float32)
-    square = tl.zeros((BK,), tl.float32)
-    for start in tl.static_range(0, K, BK):
-        if start + BK <= K:
-            tile = tl.load(there + start, eviction_policy="evict_first").to(tl.float32)
-            value = tl.load(x + start + column).to(tl.float32)
-            scaled = value
-            if NORM:
-                scaled = value * tl.load(norm + start + column).to(tl.float32)
+    column, row = tl.arange(0, BK), tl.zeros((W, 1), tl.int32)
+    count: tl.constexpr = (D + BK - 1) // BK
+    totals = ()
+    for _ in tl.static_range(R):
+        totals += (tl.zeros((W, BK), tl.float32),)
+    square = tl.zeros((W, BK), tl.float32)
+    for part in tl.static_range(count):
+        # Addresses as wide as the tile: so x comes in the tile's layout, not through shared memory.
+        place = row + (part * BK + column)[None, :]
+        inside = place < D
+        if part * BK + BK <= D:
+            value = tl.load(x + place).to(tl.float32)
         else:
-            inside = column < K - start
-            tile = tl.load(there + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
-            value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-            scaled = value
-            if NORM:
-                scaled = value * tl.load(norm + start + column, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         square += value * value
-        total += tile * scaled[None, :]
-    return tl.sum(total, 1), tl.sum(square, 0)
+        if NORM:
+            if part * BK + BK <= D:
+                value *= tl.load(norm + place).to(tl.float32)
+            else:
+                value *= tl.load(norm + place, mask=inside, other=0.0).to(tl.float32)
+        added = ()
+        for r in tl.static_range(R):
+            added += (totals[r] + tiles[r * count + part].to(tl.float32) * value,)
+        totals = added
+    sums = ()
+    for r in tl.static_range(R):
+        sums += (tl.sum(totals[r], 1),)
+    return sums, tl.sum(square, 1)
 
 
 @triton.jit
@@ -72,8 +95,12 @@ def embed_kernel(
     tokens, table, x, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [D] = the embedding of the token, normalised where NORM."""
+    """x [D] = the embedding of the token, normalised where NORM.
+
+    The next kernels start only when the step before is done: they read lengths and weights without waiting.
+    """
     _wait(PDL)
+    _launch_next(PDL)
     column = tl.arange(0, BLOCK)
     token = tl.load(tokens)
     value = tl.load(table + token * D + column, mask=column < D, other=0.0).to(tl.float32)
@@ -85,47 +112,96 @@ def embed_kernel(
 @triton.jit
 def qkv_kernel(
     x, norm, wq, wk, wv, bq, bk, bv, sq, sk, sv, out, eps,
-    D: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINE: tl.constexpr,
-    LINES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out float32 [NQ + 2 NK] = q, k and v of the normalised x."""
-    place = tl.program_id(0) * BN
+    place = tl.program_id(0) * (W * R)
     w, bias, scale, first = wq, bq, sq, place
     if place >= NQ + NK:
         w, bias, scale, first = wv, bv, sv, place - NQ - NK
     elif place >= NQ:
         w, bias, scale, first = wk, bk, sk, place - NQ
-    _prefetch(w, first, D, BN, LINE, LINES)
+    tiles = _load_rows(w, first, D, W, R, BK)
+    _launch_next(PDL)
     _wait(PDL)
-    y, square = _rows_dot(w, first, x, norm, D, BN, BK, NORM)
-    y = y * tl.rsqrt(square / D + tl.full((), eps, tl.float32))
-    row = tl.arange(0, BN)
-    if INT8:
-        y = y * tl.load(scale + first + row)
-    if BIAS:
-        y += tl.load(bias + first + row).to(tl.float32)
-    tl.store(out + place + row, y)
+    sums, square = _dots(tiles, x, norm, D, W, R, BK, NORM)
+    root = tl.rsqrt(square / D + tl.full((), eps, tl.float32))
+    for r in tl.static_range(R):
+        row = r * W + tl.arange(0, W)
+        y = sums[r] * root
+        if INT8:
+            y = y * tl.load(scale + first + row)
+        if BIAS:
+            y += tl.load(bias + first + row).to(tl.float32)
+        tl.store(out + place + row, y)
+
+
+@triton.jit
+def _load_tokens(
+    k_cache, v_cache, at, stop, stride, here, BS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of BS tokens of one head, each in two halves [BS, HALF]; zeros from `stop` on."""
+    token = at + tl.arange(0, BS)
+    inside = (token < stop)[:, None]
+    rows = token.to(tl.int64)[:, None] * stride + here[None, :]
+    key1 = tl.load(k_cache + rows, mask=inside, other=0.0)
+    key2 = tl.load(k_cache + rows + HALF, mask=inside, other=0.0)
+    value1 = tl.load(v_cache + rows, mask=inside, other=0.0)
+    value2 = tl.load(v_cache + rows + HALF, mask=inside, other=0.0)
+    return key1, key2, value1, value2
+
+
+@triton.jit
+def _attend(q1, q2, tokens, at, stop, heat, best, total, mixed1, mixed2, BS: tl.constexpr):
+    """The softmax so far (its largest score, sum, mixed values) with these tokens in it."""
+    key1, key2, value1, value2 = tokens
+    if _INTERPRETED:  # it multiplies the bit patterns of bf16
+        key1, key2 = key1.to(tl.float32), key2.to(tl.float32)
+        value1, value2 = value1.to(tl.float32), value2.to(tl.float32)
+    inside = at + tl.arange(0, BS) < stop
+    score = tl.dot(q1, tl.trans(key1), input_precision="ieee")
+    score += tl.dot(q2, tl.trans(key2), input_precision="ieee")
+    score = tl.where(inside[None, :], score * heat, float("-inf"))
+    higher = tl.maximum(best, tl.max(score, 1))
+    weight = tl.exp(score - higher[:, None])
+    fade = tl.exp(best - higher)
+    total = total * fade + tl.sum(weight, 1)
+    weight = weight.to(value1.dtype)
+    mixed1 = mixed1 * fade[:, None] + tl.dot(weight, value1, input_precision="ieee")
+    mixed2 = mixed2 * fade[:, None] + tl.dot(weight, value2, input_precision="ieee")
+    return higher, total, mixed1, mixed2
 
 
 @triton.jit
 def attention_kernel(
     qkv, k_cache, v_cache, lengths, cos, sin, partial, sums, done, y, eps, scale, stride,
     H: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, BS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    SPLITS_P: tl.constexpr, AT_ONCE: tl.constexpr, BS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key head, one piece of the row's cache: QK-norm, rotary turn, append, attention; the last piece adds them up.
 
     qkv float32 [(H + 2 K) h]; caches [S, K, h] with `stride` between tokens; partial float32 [K, SPLITS, G, h];
-    sums float32 [2, K, SPLITS, G]; done int32 [K], zeros before and after; y [H h].
+    sums float32 [2, K, SPLITS, G]; done int32 [K], zeros before and after; y [H h]. AT_ONCE: query heads, of which
+    there are a multiple, whose pieces are added up in one go.
     """
+    HALF: tl.constexpr = SIZE // 2
     head, piece = tl.program_id(0), tl.program_id(1)
-    _wait(PDL)
+    half = tl.arange(0, HALF)
+    here = head * SIZE + half
     position = tl.load(lengths).to(tl.int32)
     share = (tl.cdiv(position, SPLITS) + BS - 1) // BS * BS
     pieces = tl.maximum(tl.cdiv(position, tl.maximum(share, 1)), 1)
+    start = piece * share
+    stop = tl.minimum(start + share, position)
+    # What earlier steps have written need not be waited for.
+    first = _load_tokens(k_cache, v_cache, start, stop, stride, here, BS, HALF)
+    c = tl.load(cos + position * HALF + half)
+    s = tl.load(sin + position * HALF + half)
+    _launch_next(PDL)
+    _wait(PDL)
     if piece < pieces:
-        HALF: tl.constexpr = SIZE // 2
-        half, group = tl.arange(0, HALF), tl.arange(0, GP)
+        group = tl.arange(0, GP)
         real = group < G
         lines = qkv + (head * G + group)[:, None] * SIZE + half[None, :]
         q1 = tl.load(lines, mask=real[:, None], other=0.0)
@@ -140,14 +216,11 @@ def attention_kernel(
             q1, q2 = q1 * factor, q2 * factor
             factor = tl.rsqrt(tl.sum(k1 * k1 + k2 * k2, 0) / SIZE + root)
             k1, k2 = k1 * factor, k2 * factor
-        c = tl.load(cos + position * HALF + half)
-        s = tl.load(sin + position * HALF + half)
         kind = k_cache.dtype.element_ty
         heat = tl.full((), scale, tl.float32)
         q1, q2 = (q1 * c - q2 * s).to(kind), (q2 * c + q1 * s).to(kind)
         k1, k2 = (k1 * c - k2 * s).to(kind).to(tl.float32), (k2 * c + k1 * s).to(kind).to(tl.float32)
         v1, v2 = v1.to(kind).to(tl.float32), v2.to(kind).to(tl.float32)
-        here = head * SIZE + half
         best = tl.full((GP,), float("-inf"), tl.float32)
         total = tl.zeros((GP,), tl.float32)
         mixed1 = tl.zeros((GP, HALF), tl.float32)
@@ -164,30 +237,14 @@ def attention_kernel(
             mixed2 += v2[None, :]
         if _INTERPRETED:  # it multiplies the bit patterns of bf16
             q1, q2 = q1.to(tl.float32), q2.to(tl.float32)
-        start = piece * share
-        stop = tl.minimum(start + share, position)
-        for at in range(start, stop, BS):
-            token = at + tl.arange(0, BS)
-            inside = (token < stop)[:, None]
-            rows = token.to(tl.int64)[:, None] * stride + here[None, :]
-            key1 = tl.load(k_cache + rows, mask=inside, other=0.0)
-            key2 = tl.load(k_cache + rows + HALF, mask=inside, other=0.0)
-            value1 = tl.load(v_cache + rows, mask=inside, other=0.0)
-            value2 = tl.load(v_cache + rows + HALF, mask=inside, other=0.0)
-            if _INTERPRETED:
-                key1, key2 = key1.to(tl.float32), key2.to(tl.float32)
-                value1, value2 = value1.to(tl.float32), value2.to(tl.float32)
-            score = tl.dot(q1, tl.trans(key1), input_precision="ieee")
-            score += tl.dot(q2, tl.trans(key2), input_precision="ieee")
-            score = tl.where((token < stop)[None, :], score * heat, float("-inf"))
-            higher = tl.maximum(best, tl.max(score, 1))
-            weight = tl.exp(score - higher[:, None])
-            fade = tl.exp(best - higher)
-            best = higher
-            total = total * fade + tl.sum(weight, 1)
-            weight = weight.to(value1.dtype)
-            mixed1 = mixed1 * fade[:, None] + tl.dot(weight, value1, input_precision="ieee")
-            mixed2 = mixed2 * fade[:, None] + tl.dot(weight, value2, input_precision="ieee")
+        best, total, mixed1, mixed2 = _attend(
+            q1, q2, first, start, stop, heat, best, total, mixed1, mixed2, BS
+        )  # fmt: skip
+        for at in range(start + BS, stop, BS):
+            tokens = _load_tokens(k_cache, v_cache, at, stop, stride, here, BS, HALF)
+            best, total, mixed1, mixed2 = _attend(
+                q1, q2, tokens, at, stop, heat, best, total, mixed1, mixed2, BS
+            )  # fmt: skip
         part = (head * SPLITS + piece) * G + group
         tl.store(partial + part[:, None] * SIZE + half[None, :], mixed1, mask=real[:, None])
         tl.store(partial + part[:, None] * SIZE + HALF + half[None, :], mixed2, mask=real[:, None])
@@ -198,99 +255,116 @@ def attention_kernel(
             tl.debug_barrier()
             each, dims = tl.arange(0, SPLITS_P), tl.arange(0, SIZE)
             known = each < pieces
-            for member in tl.static_range(G):
-                spot = (head * SPLITS + each) * G + member
-                high = tl.load(sums + spot, mask=known, other=float("-inf"), cache_modifier=".cg")
-                ratio = tl.exp(high - tl.max(high, 0))
-                mass = tl.load(sums + K * SPLITS * G + spot, mask=known, other=0.0, cache_modifier=".cg")
-                place = partial + spot[:, None] * SIZE + dims[None, :]
-                mean = tl.load(place, mask=known[:, None], other=0.0, cache_modifier=".cg")
-                out = tl.sum(mean * ratio[:, None], 0) / tl.sum(mass * ratio, 0)
-                tl.store(y + (head * G + member) * SIZE + dims, out.to(y.dtype.element_ty))
+            for begin in tl.static_range(0, G, AT_ONCE):
+                held = ()
+                for member in tl.static_range(begin, begin + AT_ONCE):
+                    spot = (head * SPLITS + each) * G + member
+                    high = tl.load(sums + spot, mask=known, other=float("-inf"), cache_modifier=".cg")
+                    mass = tl.load(sums + K * SPLITS * G + spot, mask=known, other=0.0, cache_modifier=".cg")
+                    place = partial + spot[:, None] * SIZE + dims[None, :]
+                    mean = tl.load(place, mask=known[:, None], other=0.0, cache_modifier=".cg")
+                    held += (high, mass, mean)
+                for member in tl.static_range(begin, begin + AT_ONCE):
+                    high = held[3 * (member - begin)]
+                    ratio = tl.exp(high - tl.max(high, 0))
+                    mass = tl.sum(held[3 * (member - begin) + 1] * ratio, 0)
+                    out = tl.sum(held[3 * (member - begin) + 2] * ratio[:, None], 0) / mass
+                    tl.store(y + (head * G + member) * SIZE + dims, out.to(y.dtype.element_ty))
             tl.store(done + head, 0)
 
 
 @triton.jit
 def add_linear_kernel(
     x, w, bias, scale, stream,
-    D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     BIAS: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """stream [N] += w [N, D] x [D] (+ bias)."""
-    first = tl.program_id(0) * BN
-    _prefetch(w, first, D, BN, LINE, LINES)
+    first = tl.program_id(0) * (W * R)
+    tiles = _load_rows(w, first, D, W, R, BK)
+    _launch_next(PDL)
     _wait(PDL)
-    y, _ = _rows_dot(w, first, x, x, D, BN, BK, False)
-    row = first + tl.arange(0, BN)
-    if INT8:
-        y = y * tl.load(scale + row)
-    if BIAS:
-        y += tl.load(bias + row).to(tl.float32)
-    before = tl.load(stream + row).to(tl.float32)
-    tl.store(stream + row, (before + y).to(stream.dtype.element_ty))
+    sums, _ = _dots(tiles, x, x, D, W, R, BK, False)
+    for r in tl.static_range(R):
+        row = first + r * W + tl.arange(0, W)
+        y = sums[r]
+        if INT8:
+            y = y * tl.load(scale + row)
+        if BIAS:
+            y += tl.load(bias + row).to(tl.float32)
+        before = tl.load(stream + row).to(tl.float32)
+        tl.store(stream + row, (before + y).to(stream.dtype.element_ty))
 
 
 @triton.jit
 def swiglu_kernel(
     x, norm, gate, up, gate_bias, up_bias, gate_scale, up_scale, out, eps,
-    D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [F] = silu(gate n) * (up n), n being the normalised x [D]."""
-    first = tl.program_id(0) * BN
-    _prefetch(gate, first, D, BN, LINE, LINES)
-    _prefetch(up, first, D, BN, LINE, LINES)
+    first = tl.program_id(0) * (W * R)
+    tiles = _load_rows(gate, first, D, W, R, BK) + _load_rows(up, first, D, W, R, BK)
+    _launch_next(PDL)
     _wait(PDL)
-    g, square = _rows_dot(gate, first, x, norm, D, BN, BK, NORM)
-    u, _ = _rows_dot(up, first, x, norm, D, BN, BK, NORM)
+    sums, square = _dots(tiles, x, norm, D, W, 2 * R, BK, NORM)
     root = tl.rsqrt(square / D + tl.full((), eps, tl.float32))
-    g, u = g * root, u * root
-    row = first + tl.arange(0, BN)
-    if INT8:
-        g = g * tl.load(gate_scale + row)
-        u = u * tl.load(up_scale + row)
-    if BIAS:
-        g += tl.load(gate_bias + row).to(tl.float32)
-        u += tl.load(up_bias + row).to(tl.float32)
-    tl.store(out + row, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty))
+    for r in tl.static_range(R):
+        row = first + r * W + tl.arange(0, W)
+        g, u = sums[r] * root, sums[R + r] * root
+        if INT8:
+            g = g * tl.load(gate_scale + row)
+            u = u * tl.load(up_scale + row)
+        if BIAS:
+            g += tl.load(gate_bias + row).to(tl.float32)
+            u += tl.load(up_bias + row).to(tl.float32)
+        tl.store(out + row, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary"])
 def head_kernel(
     x, norm, w, scale, forbidden, logits, best, where, eps, cap, vocabulary,
-    D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     NORM: tl.constexpr, CAP: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """logits float32 [V] of the normalised x, and of each BN of them the likeliest that is not forbidden (int8 [V])."""
-    first = tl.program_id(0) * BN
-    first = tl.minimum(first, vocabulary - BN)  # the last program may do some rows again
-    _prefetch(w, first, D, BN, LINE, LINES)
+    """logits float32 [V] of the normalised x, and of each W R the likeliest that is not forbidden (int8 [V])."""
+    first = tl.program_id(0) * (W * R)
+    first = tl.minimum(first, vocabulary - W * R)  # the last program may do some rows again
+    tiles = _load_rows(w, first, D, W, R, BK)
+    _launch_next(PDL)
     _wait(PDL)
-    y, square = _rows_dot(w, first, x, norm, D, BN, BK, NORM)
-    y = y * tl.rsqrt(square / D + tl.full((), eps, tl.float32))
-    row = first + tl.arange(0, BN)
-    if INT8:
-        y = y * tl.load(scale + row)
-    # Rounded as the head of the plain path rounds it, so that both have the same ties.
-    if not _INTERPRETED:
-        y = y.to(x.dtype.element_ty).to(tl.float32)
-    if CAP:
-        limit = tl.full((), cap, tl.float32)
-        y = limit * (2 * tl.sigmoid(2 * y / limit) - 1)
-    tl.store(logits + row, y)
-    y = tl.where(tl.load(forbidden + row) != 0, float("-inf"), y)
-    y = tl.where(y == y, y, float("inf"))  # a NaN must not hide
-    high = tl.max(y, 0)
-    tl.store(best + tl.program_id(0), high)
-    tl.store(where + tl.program_id(0), tl.min(tl.where(y == high, row, vocabulary), 0))
+    sums, square = _dots(tiles, x, norm, D, W, R, BK, NORM)
+    root = tl.rsqrt(square / D + tl.full((), eps, tl.float32))
+    high = tl.full((W,), float("-inf"), tl.float32)
+    spot = first + tl.arange(0, W)
+    for r in tl.static_range(R):
+        row = first + r * W + tl.arange(0, W)
+        y = sums[r] * root
+        if INT8:
+            y = y * tl.load(scale + row)
+        # Rounded as the head of the plain path rounds it, so that both have the same ties.
+        if not _INTERPRETED:
+            y = y.to(x.dtype.element_ty).to(tl.float32)
+        if CAP:
+            limit = tl.full((), cap, tl.float32)
+            y = limit * (2 * tl.sigmoid(2 * y / limit) - 1)
+        tl.store(logits + row, y)
+        y = tl.where(tl.load(forbidden + row) != 0, float("-inf"), y)
+        y = tl.where(y == y, y, float("inf"))  # a NaN must not hide
+        spot = tl.where(y > high, row, spot)
+        high = tl.maximum(high, y)
+    top = tl.max(high, 0)
+    tl.store(best + tl.program_id(0), top)
+    tl.store(where + tl.program_id(0), tl.min(tl.where(high == top, spot, vocabulary), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def pick_kernel(
     best, where, tokens, chosen, lengths, produced, active, count,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The likeliest token of all (the first of equals; -1 if it is not finite), and everything one step further."""
+    _launch_next(PDL)
     _wait(PDL)
     each = tl.arange(0, BLOCK)
     high = tl.full((BLOCK,), float("-inf"), tl.float32)

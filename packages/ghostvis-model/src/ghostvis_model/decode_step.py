@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ghostvis_model.decode_cpu import CpuStep, fits
 from ghostvis_model.decode_fused import FusedStep, why_not
+from ghostvis_model.decode_rows import RowsStep, joins
 from ghostvis_model.kv_cache import KVCache
 from ghostvis_model.sampling import Mode, SamplerRows
 
@@ -75,8 +76,12 @@ class Rows:
 class DecodeStep:
     """Reads the next token of the first `count` rows and chooses the one after it."""
 
-    def __init__(self, model: GhostVis, graphs: bool | None = None, fused: bool = True) -> None:
-        """graphs: capture CUDA graphs; None where they can be. fused: take the kernels of one row where they fit."""
+    def __init__(self, model: GhostVis, graphs: bool | None = None, fused: bool = True, *, join: bool = False) -> None:
+        """graphs: capture CUDA graphs; None where they can be. fused: take the kernels of one row where they fit.
+
+        join: move the weights of neighbouring projections into one storage each (`decode_rows`), for fewer launches a
+        step; graphs that others have captured over these weights must be captured anew.
+        """
         self._model = model
         possible = model.device.type == "cuda" and not _waits_for_the_host(model)
         if graphs and not possible:
@@ -88,6 +93,7 @@ class DecodeStep:
         self.why_not_fused = why_not(model) if fused else "it was not asked for"
         """Why a step of one row takes the decoder's own path; None where it takes the fused kernels."""
         self._cpu = CpuStep(model) if fits(model) else None
+        self._joined = RowsStep(model) if join and joins(model) else None
         self._pool: Any = None
 
     def forget(self) -> None:
@@ -157,6 +163,10 @@ class DecodeStep:
             return logits, None
         decoder = self._model.decoder
         cache = rows.cache.rows(0, count)
+        if self._joined is not None:
+            logits = self._joined.run(rows.tokens[:count], cache)
+            cache.lengths += rows.active[:count]
+            return logits, None
         hidden = decoder(decoder.embed_tokens(rows.tokens[:count, None]), cache=cache)
         cache.lengths += rows.active[:count]
         return decoder.logits(hidden[:, -1]), None

@@ -297,18 +297,21 @@ class Engine:
 
     def _watch_weights(self) -> None:
         """Graphs read the weights where they were; rows have the model's dtype and device."""
-        decoder = self.model.decoder
-        tensors = (*decoder.parameters(), *decoder.buffers())
-        weights = (decoder.embed_tokens.weight.dtype, *(tensor.data_ptr() for tensor in tensors))
-        if weights == self._weights:
+        if self._addresses() == self._weights:
             return
         if self._weights and self._occupied:
             raise ValueError("the model's weights were moved or cast while requests are under way")
-        self._weights = weights
-        self._step = DecodeStep(self.model, self._graphs, self._fused)
+        self._step = DecodeStep(self.model, self._graphs, self._fused, join=True)
+        self._weights = self._addresses()  # the step may have joined weights, and so moved them
         self._left.clear()
         self._lag = 1 if self.model.device.type == "cuda" else 0
         self._rows = None
+
+    def _addresses(self) -> tuple[Any, ...]:
+        """Where the weights are, and their dtype."""
+        decoder = self.model.decoder
+        tensors = (*decoder.parameters(), *decoder.buffers())
+        return (decoder.embed_tokens.weight.dtype, *(tensor.data_ptr() for tensor in tensors))
 
     # Steps.
 

@@ -62,8 +62,8 @@ def main() -> None:
     """Parse the command line and run. User errors print without a traceback; exit code 1, or 130 after Ctrl-C."""
     started = time.perf_counter()
     # Seconds that one thread of Python lets others wait for. The backward pass of a small model asks for the GIL dozens
-    # of times a step while a thread lays out the batches ahead: with the usual 5 ms the tiny fine-tuning took 84 s on
-    # one H200, so 46 s (2026-11-21).
+    # of times a step while a thread lays out the batches ahead. With the usual 5 ms, and a task for each remembered
+    # image, the tiny fine-tuning took about 84 s on one H200; with this and no such tasks 46 s (2026-11-21).
     sys.setswitchinterval(5e-4)
     config = tyro.cli(Command, prog="ghostvis-train", description=EXAMPLES)
     try:
