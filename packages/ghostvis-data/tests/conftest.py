@@ -1,5 +1,9 @@
 import io
 import json
+import random
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +86,64 @@ def write():
 @pytest.fixture(scope="session")
 def write_jsonl():
     return _write_jsonl
+
+
+class Server:
+    """A folder over http: with ranges or without, late, and failing as often as asked."""
+
+    def __init__(self, folder, latency_s=0.0, errors=0.0, resets=0.0, ranges=True):
+        self.folder, self.latency_s, self.errors, self.resets, self.ranges = folder, latency_s, errors, resets, ranges
+        self.asked, self.failed, self.random = [], 0, random.Random(0)
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, request):
+        self.asked.append(request.path)
+        time.sleep(self.latency_s)
+        path = self.folder / request.path.lstrip("/")
+        if not path.is_file():
+            return request.send_error(404)
+        fate = self.random.random()
+        if fate < self.errors:
+            self.failed += 1
+            return request.send_error(503)
+        content = path.read_bytes()
+        total, status = len(content), 200
+        if self.ranges and "Range" in request.headers:
+            first, last = request.headers["Range"].removeprefix("bytes=").split("-")
+            if int(first) >= total:
+                return request.send_error(416)
+            content, status = content[int(first) : int(last) + 1], 206
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(content)))
+        if status == 206:
+            request.send_header("Content-Range", f"bytes {first}-{int(first) + len(content) - 1}/{total}")
+        request.end_headers()
+        if fate < self.errors + self.resets:
+            self.failed += 1
+            request.wfile.write(content[: len(content) // 2])
+            return request.connection.close()
+        request.wfile.write(content)
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """`with serve(folder, latency_s=..., errors=..., resets=..., ranges=...) as server:` and then `server.url`."""
+    return Server

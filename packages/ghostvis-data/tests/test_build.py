@@ -187,9 +187,9 @@ def test_the_command_builds_checks_and_draws(tmp_path, photos, write_jsonl, toke
     "arguments, words",
     [
         (["build", "nowhere.jsonl", "out"], "there is no file nowhere.jsonl"),
-        (["check", "nowhere"], "is not a data set"),
-        (["check", "out", "--sample", "x"], "is not a data set"),
-        (["inspect", "nowhere", "x.png"], "is not a data set"),
+        (["check", "nowhere"], "there is no folder nowhere"),
+        (["check", "out", "--sample", "x"], "there is no folder out"),
+        (["inspect", "nowhere", "x.png"], "there is no folder nowhere"),
     ],
 )
 def test_a_users_error_is_printed_without_a_traceback(tmp_path, monkeypatch, capsys, arguments, words):

@@ -167,3 +167,54 @@ def test_a_jsonl_is_checked_before_it_is_built(tmp_path, write_jsonl, photo, cap
     rows = [line.split("\t") for line in (tmp_path / "bad.tsv").read_text().splitlines()]
     assert [(row[1], row[2]) for row in rows] == [(str(n), f"my-00000{n}") for n in (1, 2, 3)]
     assert all("a.png cannot be read" in row[3] for row in rows)
+
+
+def test_check_and_inspect_go_on_behind_what_is_broken(tmp_path, write, chat, photo, capsys):
+    data = write(tmp_path / "d", [chat("fine", images=[photo(1)]), chat("lost"), chat("odd"), chat("last")])
+    shard = tmp_path / "d" / "shard-000000.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b'{"id":"lost"', b'{"ID":"lost"').replace(b'{"id":"odd"', b'["id","odd"'))
+    assert main(["check", str(data.folder)]) == 1
+    said = capsys.readouterr().out
+    assert "its checksum is" in said
+    assert "sample 1 is not the JSON of a sample (KeyError: 'id')" in said
+    assert "sample 2 is not the JSON of a sample" in said
+    assert "2 samples, 1 images" in said
+    assert main(["inspect", str(data.folder), str(tmp_path / "sheet.png")]) == 0
+    assert (np.asarray(Image.open(tmp_path / "sheet.png")) == (255, 0, 0)).all(axis=-1).any()
+
+
+def test_addresses_are_checked_and_looked_at_like_folders(tmp_path, monkeypatch, write, chat, photo, serve, capsys):
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path / "home"))
+    splits(write, tmp_path / "d", train=[chat("a", images=[photo(1)])], val=[chat("v", "Else?", images=[photo(1)])])
+    with serve(tmp_path) as server:
+        assert main(["check", f"{server.url}/d"]) == 1
+        assert f"{server.url}/d/train#a: image 0 is held out for evaluation, as val#v" in capsys.readouterr().out
+        assert main(["check", f"{server.url}/d/train", "--against", f"pipe:cat {tmp_path}/d/val/{{}}"]) == 1
+        assert main(["inspect", f"{server.url}/d", str(tmp_path / "sheet.png")]) == 0
+        assert main(["check", f"{server.url}/nothing"]) == 1
+    assert "has no dataset.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["check", "gone.jsonl"], "there is no file gone.jsonl"),
+        (["check", "gone"], "there is no folder gone"),
+        (["check", "gsm8k"], "ghostvis-data check gsm8k --root FOLDER"),
+        (["check", "."], "is not a data set: it has no dataset.json"),
+        (["inspect", "gone", "sheet.png"], "there is no folder gone"),
+        (["check", "empty.jsonl"], "has no lines"),
+        (["check", "latin.jsonl"], "iconv -f latin1"),
+        (["check", "latin.jsonl"], "ghostvis-data check latin.jsonl --listing bad.tsv"),
+    ],
+)
+def test_what_is_no_data_is_said_in_a_sentence(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "latin.jsonl").write_bytes('{"id":"l","text":"caf\xe9"}\n'.encode("latin-1"))
+    assert main(words) == 1
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.startswith("ghostvis: ")
+    assert "  try      " in found

@@ -29,6 +29,15 @@ def psnr(a, b):
     return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (336, 336)])
+def test_the_strides_of_the_target_do_not_matter(kind, size):
+    content = encoded(picture(*size), kind)
+    target = np.zeros((336, 336, 3), np.uint8).transpose(2, 0, 1)
+    decode(content, 336, out=target)
+    assert np.array_equal(target, decode(content, 336))
+
+
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (333, 517), (100, 60), (1200, 40)])
 @pytest.mark.parametrize("fit", ["letterbox", "resize"])
 def test_a_photograph_is_within_60_db_of_pillow(size, fit):

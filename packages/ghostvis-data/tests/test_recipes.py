@@ -1,12 +1,15 @@
 import json
+from contextlib import closing
 
 import pytest
+import torch
 
 from ghostvis_data import (
     DataError,
     Dataset,
     Question,
     Sample,
+    Stream,
     TinyWorldSizes,
     build_jsonl,
     build_tiny_world,
@@ -17,7 +20,7 @@ from ghostvis_data import (
     wilson,
 )
 from ghostvis_data.readers import SETS
-from ghostvis_data.recipes import NAMED, PHASES, RECIPES, describe_recipes, sets_folder
+from ghostvis_data.recipes import NAMED, PHASES, RECIPES, describe_recipes, recipe_id, sets_folder, short_name
 
 SIZES = TinyWorldSizes(6, 5, 4, 3)
 
@@ -141,6 +144,66 @@ def test_an_own_recipe_is_one_small_file(tmp_path, monkeypatch, write, chat):
     ]
     tasks = {name: recipe.task_of(name).name for name in recipe.evaluations}
     assert tasks == {"my_data/val": "yes_no", "vqav2/val": "vqav2"}
+
+
+def two_splits(folder, write, chat):
+    """A data set of two splits, as `ghostvis-data build` makes it."""
+    for split, count in (("train", 9), ("val", 2)):
+        write(folder / split, [chat(f"{split}{n}", "q" * n) for n in range(count)])
+    manifest = {"version": 1, "splits": {"train": 9, "val": 2}, "source": {"name": "jsonl"}}
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def batches(datasets, shares, tokenizer):
+    with Stream(datasets, tokenizer, row_tokens=64, rows_per_step=2, shares=shares) as stream:
+        return [tensor for step in range(stream.steps(2)) for b in stream.micro_batches(step) for tensor in b.tensors()]
+
+
+def test_a_recipe_mixes_data_from_web_addresses_and_programs_with_data_that_is_here(
+    tmp_path, monkeypatch, write, chat, serve, tokenizer
+):
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path / "home"))
+    for name in ("web", "piped", "here"):
+        two_splits(tmp_path / name, write, chat)
+    with serve(tmp_path) as server:
+        pipe = f"pipe:cat {tmp_path / 'piped'}/train/{{}}"
+        lines = [f'"{server.url}/web/train" = 2', f"'{pipe}' = 1", '"here/train" = 1']
+        lines += ["[evaluate]", f'"{server.url}/web/val" = "exact_match"', '"here/val" = "exact_match"']
+        (tmp_path / "mix.toml").write_text("\n".join(["[sft]", *lines]))
+        recipe = open_recipe(tmp_path / "mix.toml")
+        datasets = recipe.datasets("sft")
+        assert [dataset.opened for dataset in datasets] == [f"{server.url}/web/train", pipe, f"{tmp_path}/here/train"]
+        assert recipe.shares("sft") == [2, 1, 1]
+        local = [Dataset(tmp_path / name / "train") for name in ("web", "piped", "here")]
+        pairs = zip(batches(datasets, [2, 1, 1], tokenizer), batches(local, [2, 1, 1], tokenizer), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert [sample.id for sample in recipe.evaluation(f"{server.url}/web/val")] == ["val0", "val1"]
+        assert recipe.baseline_of(f"{server.url}/web/val") == f"{server.url}/web/train"
+        (tmp_path / "gone.toml").write_text(f'[sft]\n"{server.url}/nothing/train" = 1')
+        with pytest.raises(DataError, match=r"/nothing/train is not a data set: it has no dataset\.json"):
+            open_recipe(tmp_path / "gone.toml")
+        for dataset in datasets:
+            dataset.close()
+
+
+def test_the_address_of_a_built_folder_is_a_recipe(tmp_path, monkeypatch, write, chat, serve):
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path / "home"))
+    two_splits(tmp_path / "web", write, chat)
+    with serve(tmp_path) as server:
+        for address in (f"{server.url}/web", f"pipe:cat {tmp_path}/web/{{}}"):
+            recipe = open_recipe(address)
+            with closing(recipe.datasets("sft")[0]) as train, closing(recipe.evaluation("val")) as held_out:
+                assert (len(train), len(held_out)) == (9, 2)
+            assert recipe_id(address) == address
+            assert short_name(address) == "web"
+
+
+def test_a_set_for_evaluation_alone_is_no_recipe(tmp_path, write, chat):
+    write(tmp_path / "d" / "test", [chat("a")])
+    (tmp_path / "d" / "dataset.json").write_text('{"version": 1, "splits": {"test": 1}, "source": {}}')
+    with pytest.raises(DataError, match=r"no split to train on, only test[\s\S]*\[evaluate\]"):
+        open_recipe(tmp_path / "d")
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_broken_samples_keep_their_places_are_counted_and_nothing_else_moves(mix
                 assert (new[2] == -100).all()
             else:
                 assert all(torch.equal(x, y) for x, y in zip(old[1:], new[1:], strict=True))
-    assert stream.stats().skipped == {"data": 2, "image": 1}
+    assert stream.stats().skipped == {"image": 1, "member": 1, "record": 1}
     assert sum("skipped" in record.message for record in caplog.records) == 3
 
 
@@ -236,7 +236,7 @@ def test_one_broken_sample_too_many_stops_the_run_and_says_which(mixed, tokenize
     for index in (3, 4, 5):
         damage(chats, index)
     stream = make([Dataset(chats.folder)], tokenizer, skip_budget=2)
-    with pytest.raises(DataError, match=r"3 samples cannot be used: 3 data[\s\S]*at most 2"):
+    with pytest.raises(DataError, match=r"3 samples cannot be used: 3 record[\s\S]*at most 2"):
         read_an_epoch(stream)
     strict = make([Dataset(chats.folder)], tokenizer)
     with pytest.raises(DataError, match="is not the JSON of a sample"):
@@ -248,7 +248,7 @@ def test_samples_found_broken_while_counting_are_left_out_of_the_plan(mixed, tok
     damage(chats, 7)
     for _ in range(2):  # counted, then read from the kept lengths
         stream = make([Dataset(chats.folder)], tokenizer, skip_budget=1)
-        assert stream.stats().skipped == {"data": 1}
+        assert stream.stats().skipped == {"record": 1}
         assert 7 not in stream.plan.epoch(0).documents[:, 1]
         assert len(stream.plan.epoch(0).documents) == 49
     with pytest.raises(DataError, match="is not the JSON"):
@@ -303,4 +303,5 @@ def test_batches_that_were_copied_ahead_to_a_gpu_are_the_same(mixed, tokenizer):
             for a, b in zip(here.micro_batches(step), there.micro_batches(step), strict=True):
                 assert b.ids.is_cuda
                 assert b.images.is_cuda
+                assert b.images.is_contiguous()
                 assert equal(a, b.to("cpu"))

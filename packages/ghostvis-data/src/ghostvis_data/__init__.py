@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ghostvis_data.build import BuildReport, build_jsonl
 from ghostvis_data.errors import DataError
 from ghostvis_data.recipes import RECIPES, Recipe, open_recipe
-from ghostvis_data.shards import Dataset, Sample, ShardWriter
+from ghostvis_data.shard_writer import ShardWriter
+from ghostvis_data.shards import Dataset, Sample
 from ghostvis_data.tasks import Question, Score, Task, get_task, summarize, wilson
 from ghostvis_data.tiny_build import TinyWorldSizes, build_tiny_world, tiny_world_folder
 

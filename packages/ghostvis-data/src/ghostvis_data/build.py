@@ -36,7 +36,8 @@ from ghostvis_data.readers.base import (
     not_as_published,
 )
 from ghostvis_data.readers.own import survey_jsonl
-from ghostvis_data.shards import SHARD_BYTES, VERSION, Kind, Sample, ShardWriter, read_manifest, write_manifest
+from ghostvis_data.shard_writer import SHARD_BYTES, ShardWriter, write_manifest
+from ghostvis_data.shards import VERSION, Kind, Sample, read_manifest
 
 VAL_FRACTION = 0.1
 CONVERTER = (
@@ -229,8 +230,8 @@ def part_problems(part: Part, max_side: int, survey: Survey) -> list[BadLine]:
     return [sample for sample in samples if isinstance(sample, BadLine)]
 
 
-def refusal(survey: Survey, folder: Path | None, bad: list[BadLine]) -> DataError:
-    """The error that lists the bad lines or rows of a source."""
+def refusal(survey: Survey, folder: Path | None, bad: list[BadLine], listing: Path | None = None) -> DataError:
+    """The error that lists the bad lines or rows of a source; `listing` is a file that has them all."""
     bad = sorted(bad, key=_place)
     total = survey.samples + len(survey.bad)
     verb = "cannot be built; nothing was written" if folder else "are bad"
@@ -238,7 +239,8 @@ def refusal(survey: Survey, folder: Path | None, bad: list[BadLine]) -> DataErro
     rows += [str(line) for line in bad[:LISTED]]
     if len(bad) > LISTED:
         rows.append(f"  ... and {len(bad) - LISTED:,} more")
-    rows.append(f"  try      mend or delete these lines; ghostvis-data check {survey.arguments} lists what is wrong")
+    check = f"ghostvis-data check {survey.arguments}{'' if folder else ' --listing bad.tsv'} lists all of them"
+    rows.append(f"  try      mend or delete these lines; {f'all of them are in {listing}' if listing else check}")
     if folder and len(bad) < total:
         arguments = survey.arguments.replace(survey.name, f"{survey.name} {folder}", 1)
         rows.append(f"           or leave them out: ghostvis-data build {arguments} --skip-bad")
@@ -363,13 +365,16 @@ def _write_part(job: _Job) -> Iterator[None]:
     drafts = job.part.drafts(job.part.payload)
     threads = options.threads if options.decode else 1  # reading alone gains nothing from threads
     writer = ShardWriter(job.folder, job.kind, job.facts, options.shard_bytes, first=job.part.first)
-    for sample in in_order(finished, drafts, threads):
-        if isinstance(sample, BadLine):
-            bad.append(vars(sample))
-        else:
-            writer.write(sample)
-        yield
-    writer.finish(bad=bad)
+    try:
+        for sample in in_order(finished, drafts, threads):
+            if isinstance(sample, BadLine):
+                bad.append(vars(sample))
+            else:
+                writer.write(sample)
+            yield
+        writer.finish(bad=bad)
+    finally:
+        writer.discard()
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:

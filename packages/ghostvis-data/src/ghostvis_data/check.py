@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from ghostvis_data.pictures import MAX_SIDE
 from ghostvis_data.readers.base import BadLine, Draft, Survey, finish
 from ghostvis_data.rendering import name_of, render_sample
 from ghostvis_data.shards import Dataset, Sample, image_extension, read_manifest
+from ghostvis_data.storage import Location, inside, last_name
 from ghostvis_model.chat import show
-from ghostvis_model.conversation import RenderError
+from ghostvis_model.conversation import Record, RenderError, read_turns
+from ghostvis_model.errors import GhostVisError
 from ghostvis_model.images import ImageError, load_image
 from ghostvis_model.tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ LISTED = 20
 EVALUATION_SPLITS = ("val", "test", "dev", "validation", "combinations")
 THREADS = 8  # Pillow decodes without holding the interpreter
 _DUPLICATES_NAMED = 3
+_LOST_NAMED = 5
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
@@ -91,40 +94,40 @@ class Findings:
         return "\n".join(lines)
 
 
-def split_folders(folder: Path) -> list[Path]:
-    """The data sets in a folder: its splits, or the folder itself.
+def split_folders(folder: Location) -> list[Location]:
+    """The data sets in a folder or at an address: its splits, or itself.
 
     Raises:
         DataError: the folder is no data set.
     """
     manifest = read_manifest(folder)
-    return [folder / split for split in manifest["splits"]] if "splits" in manifest else [folder]
+    return [inside(folder, split) for split in manifest["splits"]] if "splits" in manifest else [folder]
 
 
 def check_folder(
-    folder: Path,
+    folder: Location,
     tokenizer: Tokenizer | None = None,
     tokens_per_image: int = 64,
-    against: list[Path] | None = None,
+    against: Sequence[Location] = (),
     on_progress: Progress | None = None,
 ) -> list[Findings]:
     """`check_dataset` of every split; those to train on are compared with those to evaluate, and with `against`.
 
     Raises:
-        DataError: no data set, or a damaged shard (named).
+        DataError: no data set, or a held-out one is damaged (named).
     """
     splits = split_folders(folder)
     held = Held()
-    for outside in against or ():
+    for outside in against:
         for split in split_folders(outside):
             held.add(Dataset(split))
     for split in splits:
-        if split.name in EVALUATION_SPLITS and len(splits) > 1:
+        if last_name(split) in EVALUATION_SPLITS and len(splits) > 1:
             held.add(Dataset(split))
-    total, done, findings = sum(len(Dataset(split)) for split in splits), 0, []
-    for split in splits:
-        dataset = Dataset(split)
-        trained_on = split.name not in EVALUATION_SPLITS or len(splits) == 1
+    datasets, done, findings = [Dataset(split, allow_damaged=True) for split in splits], 0, []
+    total = sum(map(len, datasets))
+    for split, dataset in zip(splits, datasets, strict=True):
+        trained_on = last_name(split) not in EVALUATION_SPLITS or len(splits) == 1
         tell = (lambda count, before=done: on_progress(before + count, total)) if on_progress else None
         findings.append(check_dataset(dataset, tokenizer, tokens_per_image, held if trained_on else None, tell))
         done += len(dataset)
@@ -140,23 +143,30 @@ def check_dataset(
 ) -> Findings:
     """Compare checksums, decode every image, render every sample (with a tokenizer), and count.
 
+    A damaged shard is a problem, and so is each of its samples that cannot be read: the rest is checked all the same.
+
     Args:
         dataset: what to check.
         tokenizer: None leaves tokens and supervision out.
         tokens_per_image: of the model that will read the data.
         held: what is held out for evaluation and must not be in here.
         on_sample: called with the number of samples done.
-
-    Raises:
-        DataError: a shard is damaged (named).
     """
-    dataset.verify()
-    findings = Findings(str(dataset.folder))
+    findings = Findings(dataset.opened, problems=[_first_line(error) for error in dataset.damages()])
     samples: dict[bytes, str] = {}
     images: set[bytes] = set()
+    lost: list[int] = []
     looks = held is not None and held.wants_looks
-    looked = in_order(lambda index: _look(dataset[index], looks), range(len(dataset)), THREADS)
+    looked = in_order(lambda index: _look(dataset, index, looks), range(len(dataset)), THREADS)
     for index, (sample, pictures) in enumerate(looked):
+        if on_sample:
+            on_sample(index + 1)
+        if not isinstance(sample, Sample):
+            if isinstance(sample, DataError) and sample.kind == "shard":
+                lost.append(index)
+            else:
+                findings.problems.append(_first_line(sample))
+            continue
         name = name_of(dataset, sample)
         _count(findings, sample, name, pictures)
         text = text_of(sample)
@@ -175,8 +185,9 @@ def check_dataset(
                     findings.lookalikes.append(f"image {number} of {sample.id} and {twin}")
         if tokenizer is not None:
             _render(findings, dataset, index, tokenizer, tokens_per_image, name)
-        if on_sample:
-            on_sample(index + 1)
+    if lost:
+        some = ", ".join(map(str, lost[:_LOST_NAMED])) + (", ..." if len(lost) > _LOST_NAMED else "")
+        findings.problems.append(f"{dataset.opened}: {len(lost):,} samples are lost with their shards: {some}")
     return findings
 
 
@@ -189,7 +200,15 @@ class Picture(NamedTuple):
     look: int | None  # see `overlap.look_of`
 
 
-def _look(sample: Sample, looks: bool) -> tuple[Sample, list[Picture]]:
+def _look(dataset: Dataset, index: int, looks: bool) -> tuple[Sample | GhostVisError, list[Picture]]:
+    """A sample and its pictures; or what keeps it from being read, or its messages from being a conversation."""
+    try:
+        sample = dataset[index]
+        if sample.messages:  # a picture without a question may be held out, for what its meta says
+            answered = _role(sample.messages[-1]) == "assistant"
+            read_turns(sample.messages, Record(name_of(dataset, sample)), for_training=answered)
+    except (DataError, RenderError) as error:
+        return error, []
     pictures = []
     for content in sample.images:
         digest = hashlib.sha256(content).digest()
@@ -197,7 +216,7 @@ def _look(sample: Sample, looks: bool) -> tuple[Sample, list[Picture]]:
             image = load_image(content)
             pictures.append(Picture(digest, max(image.size), "", Held.look_of(image) if looks else None))
         except ImageError as error:
-            reason = str(error).splitlines()[0].removeprefix("ghostvis: ")
+            reason = _first_line(error)
             pictures.append(Picture(digest, 0, reason, None))
     return sample, pictures
 
@@ -223,12 +242,25 @@ def _render(
     try:
         rendered = render_sample(dataset, index, tokenizer, tokens_per_image)
     except RenderError as error:
-        findings.problems.append(f"{name}: {str(error).splitlines()[0].removeprefix('ghostvis: ')}")
+        findings.problems.append(_first_line(error))
         return
     findings.lengths.append(len(rendered.ids))
     findings.trained += sum(rendered.mask)
     if not any(rendered.mask):
         findings.problems.append(f"{name}: no token to train on")
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _first_line(error: GhostVisError) -> str:
+    """What is wrong, in a line: the sample where the error names it, its headline, and the bytes or hash expected."""
+    headline, *rows = str(error).splitlines()
+    of = {row[2:11].strip(): row[11:] for row in rows}
+    expected = of.get("expected", "")
+    short = f" (expected {expected})" if isinstance(error, DataError) and len(expected) < 40 and expected else ""
+    return ": ".join([*([of["sample"]] if "sample" in of else []), headline.removeprefix("ghostvis: ") + short])
 
 
 def _some(what: str, count: str, lines: list[str]) -> list[str]:
@@ -266,11 +298,11 @@ def check_source(survey: Survey, on_progress: Progress | None = None, listing: P
         rows = (f"{line.file or survey.name}\t{line.line}\t{line.id}\t{line.found}" for line in bad)
         atomic_write(listing, "".join(f"{row}\n" for row in rows).encode())
     if bad:
-        raise refusal(survey, None, bad)
+        raise refusal(survey, None, bad, listing)
     return f"{survey.name}: {samples:,} {survey.kind} samples, {images:,} images, nothing wrong"
 
 
-def show_sample(folder: Path, identity: str, tokenizer: Tokenizer, tokens_per_image: int, *, colour: bool) -> str:
+def show_sample(folder: Location, identity: str, tokenizer: Tokenizer, tokens_per_image: int, *, colour: bool) -> str:
     """One sample as the model reads it: tokens, ids and the loss mask.
 
     Args:
@@ -302,7 +334,7 @@ def show_sample(folder: Path, identity: str, tokenizer: Tokenizer, tokens_per_im
     )
 
 
-def _candidates(folder: Path, identity: str) -> Iterator[tuple[Path, Dataset, int]]:
+def _candidates(folder: Location, identity: str) -> Iterator[tuple[Location, Dataset, int]]:
     """Samples with this id; then those with this number."""
     for split in split_folders(folder):
         dataset = Dataset(split)

@@ -19,8 +19,10 @@ from ghostvis_data.readers import SETS
 from ghostvis_data.readers.base import SurveyOptions
 from ghostvis_data.readers.own import survey_jsonl
 from ghostvis_data.recipes import describe_recipes
-from ghostvis_data.shards import SHARD_BYTES, read_manifest
+from ghostvis_data.shard_writer import SHARD_BYTES
+from ghostvis_data.shards import read_manifest
 from ghostvis_data.sheet import contact_sheet
+from ghostvis_data.storage import located
 from ghostvis_data.tiny_build import TinyWorldSizes, build_tiny_world
 from ghostvis_model.errors import GhostVisError, message_of
 from ghostvis_model.paths import newest_tokenizer
@@ -80,14 +82,15 @@ class Build:
 class Check:
     """Count and verify a source or a built folder: checksums, images, tokens, duplicates, overlap with evaluation."""
 
-    source: tyro.conf.Positional[Path]
-    """A folder made by `ghostvis-data build`; before building a JSONL or, with --root, the name of a published set."""
+    source: tyro.conf.Positional[str]
+    """A folder made by `ghostvis-data build`, or its address (https://..., pipe:...); before building a JSONL or, with
+    --root, the name of a published set."""
     root: Path | None = None
     """Folder that holds the published files of a set."""
     listing: Path | None = None
     """Before building: a file for all bad lines (file, line, id, what was found); the terminal shows twenty."""
-    against: tuple[Path, ...] = ()
-    """Built folders to evaluate on: none of their images and questions may be in the training splits."""
+    against: tuple[str, ...] = ()
+    """Built folders or addresses to evaluate on: none of their images and questions may be in the training splits."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a checkpoint folder that holds one: counts tokens, finds samples with nothing to learn."""
     tokens_per_image: int = 64
@@ -101,8 +104,8 @@ class Check:
 class Inspect:
     """Write a contact sheet: a page of samples to look at."""
 
-    source: tyro.conf.Positional[Path]
-    """A folder made by `ghostvis-data build`."""
+    source: tyro.conf.Positional[str]
+    """A folder made by `ghostvis-data build`, or its address."""
     out: tyro.conf.Positional[Path]
     """The PNG to write."""
     samples: int = 24
@@ -143,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             case Check():
                 return run_check(command)
             case Inspect():
-                contact_sheet(command.source, command.samples).save(command.out, "PNG")
+                contact_sheet(located(command.source), command.samples).save(command.out, "PNG")
                 print(f"{command.out}: a page of samples of {command.source}")
             case Sets():
                 print(list_sets())
@@ -153,7 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(message_of(error), file=sys.stderr)
         return 1
     except OSError as error:
-        print(explain(f"{error}.", likely="a full or read-only disk"), file=sys.stderr)
+        there = not isinstance(error, FileNotFoundError)
+        likely = "a full or read-only disk, or a missing permission" if there else "a folder that is not there"
+        print(explain(f"{error}.", likely=likely), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ghostvis: stopped; the same command goes on from there.", file=sys.stderr)
@@ -195,7 +200,8 @@ def run_build(command: Build) -> None:
         print(f"left out {len(report.left_out):,} lines, listed in {report.folder}/dataset.json; the first:")
         print(report.left_out[0])
     print(f"next: ghostvis-data check {report.folder}")
-    print(f"      ghostvis-train sft --data-recipe {report.folder} --source mid")
+    if "train" in report.samples:
+        print(f"      ghostvis-train sft --data-recipe {report.folder} --source mid")
 
 
 def list_sets() -> str:
@@ -210,17 +216,26 @@ def list_sets() -> str:
 
 def run_check(command: Check) -> int:
     """`ghostvis-data check`; 1 when a data set has problems."""
-    if command.source.is_file():
-        print(check_source(survey_jsonl(command.source, 0, SHARD_BYTES), ProgressLine("checking"), command.listing))
+    source = located(command.source)
+    if command.root is None and command.source in SETS and not Path(command.source).exists():
+        raise DataError(
+            explain(
+                f"{command.source} is no folder here, but the name of a published data set.",
+                expected="--root with the folder that holds its files, or the folder of its build",
+                next_step=f"ghostvis-data check {command.source} --root FOLDER",
+            )
+        )
+    if isinstance(source, Path) and (source.is_file() or source.suffix == ".jsonl"):
+        print(check_source(survey_jsonl(source, 0, SHARD_BYTES), ProgressLine("checking"), command.listing))
         return 0
     if command.root is not None:
-        survey = survey_published(str(command.source), command.root, SurveyOptions())
+        survey = survey_published(command.source, command.root, SurveyOptions())
         print(check_source(survey, ProgressLine("checking"), command.listing))
         return 0
     folder = command.tokenizer or (newest_tokenizer() if command.sample else None)
     tokenizer = Tokenizer.load(folder) if folder else None
     if command.sample is not None:
-        read_manifest(command.source)
+        read_manifest(source)
         if tokenizer is None:
             raise DataError(
                 explain(
@@ -230,10 +245,10 @@ def run_check(command: Check) -> int:
                 )
             )
         colour = sys.stdout.isatty()
-        print(show_sample(command.source, command.sample, tokenizer, command.tokens_per_image, colour=colour))
+        print(show_sample(source, command.sample, tokenizer, command.tokens_per_image, colour=colour))
         return 0
-    against, progress = list(command.against), ProgressLine("checking")
-    found = check_folder(command.source, tokenizer, command.tokens_per_image, against, progress)
+    against, progress = [located(one) for one in command.against], ProgressLine("checking")
+    found = check_folder(source, tokenizer, command.tokens_per_image, against, progress)
     for findings in found:
         print(findings.report())
     return int(any(findings.problems for findings in found))
@@ -245,12 +260,14 @@ class ProgressLine:
     def __init__(self, what: str) -> None:
         self.what, self.live = what, sys.stderr.isatty()
         self.start = self.printed = time.monotonic()
+        self.ended = False
 
     def __call__(self, done: int, total: int) -> None:
         """Show the state, not too often."""
         now = time.monotonic()
-        if done < total and now - self.printed < (0.2 if self.live else 10):
+        if self.ended or (done < total and now - self.printed < (0.2 if self.live else 10)):
             return
+        self.ended = done == total
         self.printed = now
         rate = done / max(now - self.start, 1e-9)
         left = f", {(total - done) / rate:,.0f} s left" if done < total else ""

@@ -32,7 +32,7 @@ def decode(content: bytes, image_size: int, fit: Fit = "letterbox", out: np.ndar
         content: a file of any format that `ghostvis_model.images.load_image` reads.
         image_size: S, pixels of a side.
         fit: "letterbox" keeps the proportions and pads with mid-grey, "resize" stretches to the square.
-        out: where to write, uint8 [3, S, S]; None makes a new array.
+        out: where to write, uint8 [3, S, S] of any strides; None makes a new array, a plane for each colour.
 
     Raises:
         ImageError: the bytes cannot be read, or hold more than `MAX_PIXELS` pixels.
@@ -48,15 +48,18 @@ def decode(content: bytes, image_size: int, fit: Fit = "letterbox", out: np.ndar
         return out
     height, width, _ = picture.shape
     place = placement(width, height, image_size, fit)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory: the fast path
+    # [1, 3, H, W] with the strides by which torch knows channels last: with others it takes 90 us (a quarter) longer.
+    pixels = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)
     if (width, height) != (place.width, place.height):
         pixels = torch.nn.functional.interpolate(
             pixels, size=(place.height, place.width), mode="bicubic", antialias=True, align_corners=False
         )
-    if (place.width, place.height) != (image_size, image_size):
-        out.fill(PAD_VALUE)
-    inside = torch.from_numpy(out)[:, place.top : place.top + place.height, place.left : place.left + place.width]
-    inside.copy_(pixels[0])
+    right, below = place.left + place.width, place.top + place.height
+    for border in (out[:, : place.top], out[:, below:], out[:, :, : place.left], out[:, :, right:]):
+        border.fill(PAD_VALUE)
+    # Copied by numpy: torch's copy_ starts as many threads as there are cores, for each thread that decodes (7 ms
+    # instead of 9 us on two busy cores). Its 8-bit interpolate stays in the calling thread.
+    out[:, place.top : below, place.left : right] = pixels[0].numpy()
     return out
 
 

@@ -28,7 +28,8 @@ from ghostvis_data.files import MANIFEST, atomic_write, locked, new_folder
 from ghostvis_data.readers.base import BadLine
 from ghostvis_data.readers.captions import caption_messages
 from ghostvis_data.readers.chats import llava_draft
-from ghostvis_data.shards import BLOCK, VERSION, Dataset, Sample, index_path, member_size, write_manifest
+from ghostvis_data.shard_writer import write_manifest
+from ghostvis_data.shards import BLOCK, VERSION, Dataset, Sample, index_path, member_size
 from ghostvis_data.storage import Remote, is_remote
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -149,10 +150,21 @@ def _numbered(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any
                     number += 1
         made.append({"role": message["role"], "content": content})
     if images and not number:
-        first = next(message for message in made if message["role"] == "user")
+        first = next((message for message in made if message["role"] == "user"), None)
+        if first is None:
+            raise ValueError("no user turn for the pictures to stand in")
         parts = [{"type": "text", "text": first["content"]}] if isinstance(first["content"], str) else first["content"]
         first["content"] = [*({"type": "image", "image": k} for k in range(images)), *parts]
     return made
+
+
+def index_of_shard(path: Path) -> np.ndarray:
+    """The index of a shard of ours, made again from its tar headers: int64 [members, 3], sample, offset, size."""
+    with open(path, "rb") as file:
+        found = _walk(file).found
+    groups = groupby(found, lambda member: _split_name(member.name)[0])
+    index = [(number, m.offset, m.size) for number, (_, group) in enumerate(groups) for m in group]
+    return np.asarray(index, "<i8").reshape(-1, 3)
 
 
 class _Shard(NamedTuple):

@@ -7,17 +7,17 @@
             loss = model(**batch.to("cuda").inputs())
 
 A batch is a pure function of the arguments of `Stream` and the step, so resuming means asking for a later step. One
-thread lays out the steps ahead, several decode their images, and a side stream carries them to the GPU.
+thread lays out the tokens of the steps ahead, several decode the images of each as soon as it is laid out, and another
+gathers what is whole and sends it to the GPU on a side stream.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -26,17 +26,14 @@ import torch
 from torch import Tensor
 
 from ghostvis_data.batch import IGNORE, Batch
-from ghostvis_data.decode import decode
 from ghostvis_data.errors import DataError, explain
 from ghostvis_data.plan import REMOTE_WINDOW, Document, Plan
-from ghostvis_data.rendering import DataTokenizer, name_of, render_sample, sample_lengths
+from ghostvis_data.rendering import DataTokenizer
+from ghostvis_data.samples import Samples
 from ghostvis_data.shards import Dataset
-from ghostvis_data.skipped import Skipped
-from ghostvis_model.chat import RenderError
 from ghostvis_model.images import ImageError
 
 MOST_THREADS = 8  # of the default: with 8, one core's worth of Python keeps up with the decoders
-_NO_LIMIT = 1 << 62  # tokens
 
 
 @dataclass(frozen=True)
@@ -54,17 +51,27 @@ class Stats:
         return self.waited_s / self.seconds if self.seconds else 0.0
 
 
+class _Workers(NamedTuple):
+    layout: ThreadPoolExecutor  # one thread each: both keep the order of the steps
+    decode: ThreadPoolExecutor
+    gather: ThreadPoolExecutor
+
+
+class _Decoding(NamedTuple):
+    document: Document
+    span: slice  # of its targets
+    pixels: np.ndarray
+    task: Future[None]
+
+
+class _Laid(NamedTuple):
+    batch: Batch  # whole but for the pixels of its images, and what depends on them
+    work: list[_Decoding]
+
+
 class _Ready(NamedTuple):
     batches: list[Batch]
     copied: torch.cuda.Event | None  # when they have arrived on the GPU
-
-
-class _Tokens(NamedTuple):
-    id: str
-    ids: np.ndarray  # int32 [tokens]
-    mask: np.ndarray  # bool [tokens]
-    image_starts: list[int]
-    images: list[int]  # indices of the sample's images
 
 
 class Stream:
@@ -119,18 +126,14 @@ class Stream:
     ) -> None:
         self.datasets, self.tokenizer = list(datasets), tokenizer
         self.tokens_per_image, self.image_size, self.row_tokens = tokens_per_image, image_size, row_tokens
-        self.loss_on, self.prefetch_steps = loss_on, prefetch_steps
+        self.prefetch_steps = prefetch_steps
         self._bos = tokenizer.special("<|bos|>")
-        self._cache: dict[tuple[int, ...], Any] = {}
-        self._cache_room = cache_bytes
-        self._lock = threading.Lock()
-        self._pending: dict[tuple[int, ...], Future[_Ready]] = {}
-        self._thread: ThreadPoolExecutor | None = None
-        self._decoders: ThreadPoolExecutor | None = None
+        self._places = np.arange(row_tokens)
+        self._pending: dict[tuple[int, ...], tuple[Future[list[_Laid]], Future[_Ready]]] = {}
+        self._workers: _Workers | None = None
         self.threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
         self.device = torch.device(device) if device is not None else None
         self._copies = torch.cuda.Stream(self.device) if self._pinned else None
-        self.skipped = Skipped(skip_budget)
         self._first_batch_s = self._waited_s = self._seconds = 0.0
         self._began: float | None = None
         for dataset in self.datasets:
@@ -143,11 +146,19 @@ class Stream:
                         next_step="choose another recipe for this phase, or a model with a vision encoder",
                     )
                 )
-        splittable = [dataset.kind == "text" for dataset in self.datasets]
-        lengths = [self._row_lengths(number, splits) for number, splits in enumerate(splittable)]
+        self.samples = Samples(
+            self.datasets,
+            tokenizer,
+            tokens_per_image=tokens_per_image,
+            image_size=image_size,
+            row_tokens=row_tokens,
+            loss_on=loss_on,
+            skip_budget=skip_budget,
+            cache_bytes=cache_bytes,
+        )
         self.plan = Plan(
-            lengths,
-            splittable,
+            [self.samples.row_lengths(number) for number in range(len(self.datasets))],
+            self.samples.splittable,
             row_tokens,
             rows_per_step,
             seed,
@@ -203,17 +214,15 @@ class Stream:
                 )
             )
         if not self.prefetch_steps:
-            ready = self._make(step, rank, world, rows)
+            ready = self._finish(self._lay_out(step, rank, world, rows))
         else:
             wanted = [(step + ahead, rank, world, rows) for ahead in range(self.prefetch_steps + 1)]
             for key in self._pending.keys() - set(wanted):
-                self._pending.pop(key).cancel()
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="ghostvis-data")
+                self._forget(key)
             for key in wanted:
                 if key not in self._pending:
-                    self._pending[key] = self._thread.submit(self._make, *key)
-            ready = self._pending.pop(wanted[0]).result()
+                    self._pending[key] = self._prepare(key)
+            ready = self._pending.pop(wanted[0])[1].result()
         if ready.copied is not None:
             self._hand_over(ready)
         self._clock(asked)
@@ -221,7 +230,7 @@ class Stream:
 
     def stats(self) -> Stats:
         """How the data kept up so far."""
-        return Stats(self._first_batch_s, self._seconds, self._waited_s, self.skipped.counts())
+        return Stats(self._first_batch_s, self._seconds, self._waited_s, self.samples.skipped.counts())
 
     def state(self, step: int) -> dict[str, Any]:
         """The position before `step`, less than 1 KB of JSON; see `Plan.state`."""
@@ -233,15 +242,13 @@ class Stream:
 
     def close(self) -> None:
         """Stop the threads; a later `micro_batches` starts them again."""
-        for future in self._pending.values():
-            future.cancel()
-        self._pending.clear()
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-            self._thread = None
-        if self._decoders is not None:
-            self._decoders.shutdown(wait=True, cancel_futures=True)
-            self._decoders = None
+        for key in list(self._pending):
+            self._forget(key)
+        if self._workers is not None:
+            # The decoders last: who gathers waits for the images of a step, and never sees that one was cancelled.
+            for pool in (self._workers.layout, self._workers.gather, self._workers.decode):
+                pool.shutdown(wait=True, cancel_futures=True)
+            self._workers = None
 
     def __enter__(self) -> Self:
         return self
@@ -266,44 +273,39 @@ class Stream:
             for tensor in batch.tensors():
                 tensor.record_stream(here)
 
-    def _row_lengths(self, number: int, splits: bool) -> np.ndarray:
-        """Tokens of each sample as it will stand in a row; 0 for one that cannot be used."""
+    def _threads(self) -> _Workers:
+        if self._workers is None:
+            names = ("ghostvis-data", "ghostvis-decode", "ghostvis-gather")
+            pools = [ThreadPoolExecutor(n, name) for n, name in zip((1, self.threads, 1), names, strict=True)]
+            self._workers = _Workers(*pools)
+        return self._workers
 
-        def count(index: int) -> int:
-            try:
-                return len(self._tokens(number, index, _NO_LIMIT).ids)
-            except (DataError, RenderError) as error:
-                self._skip(number, index, error)
-                return 0
+    def _prepare(self, key: tuple[int, int, int, int]) -> tuple[Future[list[_Laid]], Future[_Ready]]:
+        """Start on a step. While its images are decoded the next one is laid out: neither waits for the other."""
+        workers = self._threads()
+        laid = workers.layout.submit(self._lay_out, *key)
+        return laid, workers.gather.submit(lambda: self._finish(laid.result()))
 
-        lengths = sample_lengths(self.datasets[number], self.tokenizer, self.tokens_per_image, count)
-        for index in np.flatnonzero(lengths == 0):  # found by this run or by an earlier one: why?
-            count(int(index))
-        if not splits:
-            lengths = lengths.copy()
-            for index in np.flatnonzero(lengths > self.row_tokens):
-                try:
-                    lengths[index] = len(self._tokens(number, int(index)).ids)
-                except RenderError as error:
-                    self._skip(number, int(index), error)
-                    lengths[index] = 0
-        return lengths
+    def _forget(self, key: tuple[int, ...]) -> None:
+        for future in self._pending.pop(key):
+            future.cancel()
 
-    def _skip(self, number: int, index: int, error: DataError | RenderError | ImageError) -> None:
-        dataset = self.datasets[number]
-        self.skipped.add(type(error).__name__.removesuffix("Error").lower(), dataset.location, index, error)
-
-    def _make(self, step: int, rank: int, world: int, rows_per_micro_batch: int) -> _Ready:
+    def _lay_out(self, step: int, rank: int, world: int, rows_per_micro_batch: int) -> list[_Laid]:
+        """The micro-batches of a step, their images on their way."""
         self._fetch_ahead(step)
         rows = self.plan.step_rows(step)
         size = rows_per_micro_batch
-        starts = range(rank * size, len(rows), world * size)
-        batches = [self._batch(rows[start : start + size]) for start in starts]
+        return [self._batch(rows[start : start + size]) for start in range(rank * size, len(rows), world * size)]
+
+    def _finish(self, laid: list[_Laid]) -> _Ready:
+        """The batches of a step when their images are there, on the device."""
+        batches = [self._gather(one) for one in laid]
         if self._copies is None:
             return _Ready([batch.to(self.device) for batch in batches] if self.device else batches, None)
         assert self.device is not None
         with torch.cuda.stream(self._copies):
             batches = [batch.pin_memory().to(self.device, non_blocking=True) for batch in batches]
+            batches = [replace(batch, images=batch.images.contiguous()) for batch in batches]
             return _Ready(batches, self._copies.record_event())
 
     def _fetch_ahead(self, step: int) -> None:
@@ -319,145 +321,75 @@ class Stream:
                 window = REMOTE_WINDOW * max(1, len(dataset) // max(1, len(dataset.shard_samples())))
                 dataset.prefetch(coming[coming[:, 0] == number, 1][:window])
 
-    def _batch(self, rows: list[list[Document]]) -> Batch:
-        """Lay the documents of some rows into arrays, while threads decode their images."""
-        shape = (len(rows), self.row_tokens)
-        ids = np.full(shape, self._bos, np.int64)
-        targets = np.full(shape, IGNORE, np.int64)
-        positions = np.zeros(shape, np.int64)
-        bounds, image_index, names = [0], [], []
-        shown: list[tuple[Document, int, slice]] = []  # each image, and the targets of its document
+    def _batch(self, rows: list[list[Document]]) -> _Laid:
+        """Lay the documents of some rows into arrays, and start decoding their images."""
+        # Filled by numpy: torch would start threads of its own for each of these small arrays.
+        of_rows = self._empty((3, len(rows), self.row_tokens), torch.int64)
+        ids, targets, positions = of_rows.numpy()
+        ids[:], targets[:] = self._bos, IGNORE
+        bounds, image_starts, names = [0], [], []
+        shown: list[tuple[Document, int, slice]] = []
         for r, row in enumerate(rows):
             at, row_start = 0, r * self.row_tokens
             names.append([])
             for document in row:
                 end = at + document.tokens
-                tokens = self._document(document)
+                tokens = self.samples.document(document)
                 ids[r, at:end] = tokens.ids
-                targets[r, at : end - 1] = np.where(tokens.mask[1:], tokens.ids[1:], IGNORE)
-                positions[r, at:end] = np.arange(document.tokens)
+                targets[r, at:end] = tokens.targets
+                positions[r, at:end] = self._places[: document.tokens]
                 for start, number in zip(tokens.image_starts, tokens.images, strict=True):
-                    first = row_start + at + start
-                    image_index.append(np.arange(first, first + self.tokens_per_image))
+                    image_starts.append(row_start + at + start)
                     shown.append((document, number, slice(row_start + at, row_start + end)))
                 names[-1].append(tokens.id)
                 bounds.append(row_start + end)
                 at = end
             if at < self.row_tokens:
-                positions[r, at:] = np.arange(self.row_tokens - at)
+                positions[r, at:] = self._places[: self.row_tokens - at]
                 bounds.append(row_start + self.row_tokens)
-        images = self._images([(document, number) for document, number, _ in shown], targets, [s for *_, s in shown])
-        return Batch(
-            ids=torch.from_numpy(ids),
-            targets=torch.from_numpy(targets),
-            position_ids=torch.from_numpy(positions),
+        image_index = np.array(image_starts, np.int64)[:, None] + np.arange(self.tokens_per_image)
+        batch = Batch(
+            ids=of_rows[0],
+            targets=of_rows[1],
+            position_ids=of_rows[2],
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
             max_seqlen=int(np.diff(bounds).max()),
-            images=images,
-            image_index=torch.from_numpy(np.concatenate(image_index) if image_index else np.zeros(0, np.int64)),
+            images=self._empty_images(len(shown)),
+            image_index=torch.from_numpy(image_index.reshape(-1)),
             sample_ids=names,
-            num_targets=int((targets != IGNORE).sum()),
+            num_targets=0,
         )
+        decode, work = self._threads().decode.submit, []
+        for (document, number, span), out in zip(shown, batch.images.numpy(), strict=True):
+            # Here where it is remembered: another thread costs more than the copy, and the main thread the GIL.
+            if (known := self.samples.known_image(document, number)) is not None:
+                out[:] = known
+            else:
+                task = decode(self.samples.decode_image, document, number, out)
+                work.append(_Decoding(document, span, out, task))
+        return _Laid(batch, work)
 
-    def _images(self, shown: list[tuple[Document, int]], targets: np.ndarray, spans: list[slice]) -> Tensor:
-        """Decode images, uint8 [I, 3, S, S]; the span of a document whose image is broken loses its targets."""
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
+
+    def _empty_images(self, count: int) -> Tensor:
+        """uint8 [I, 3, S, S]. For a GPU with the colours of a pixel together, as a decoder writes them: parting them
+        takes a core 60 us an image, and the GPU no time."""
         side = self.image_size
-        images = torch.empty((len(shown), 3, side, side), dtype=torch.uint8, pin_memory=self._pinned)
-        pixels = images.numpy()
-        if self._decoders is None:
-            self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ghostvis-decode")
-        work = [
-            self._decoders.submit(self._decode, document, number, out)
-            for (document, number), out in zip(shown, pixels, strict=True)
-        ]
-        wait(work)
-        for (document, _), span, one, out in zip(shown, spans, work, pixels, strict=True):
-            error = one.exception()
+        if self._pinned:
+            return self._empty((count, side, side, 3), torch.uint8).permute(0, 3, 1, 2)
+        return self._empty((count, 3, side, side), torch.uint8)
+
+    def _gather(self, laid: _Laid) -> Batch:
+        """Wait for the images; the document of one that is broken loses its targets."""
+        wait([one.task for one in laid.work])
+        targets = laid.batch.targets.numpy()
+        for document, span, pixels, task in laid.work:
+            error = task.exception()
             if isinstance(error, (ImageError, DataError)):
-                self._skip(document.dataset, document.sample, error)
+                self.samples.skip(document.dataset, document.sample, error)
                 targets.reshape(-1)[span] = IGNORE
-                out[:] = 0
+                pixels[:] = 0
             elif error is not None:
                 raise error
-        return images
-
-    def _document(self, document: Document) -> _Tokens:
-        """The tokens of a whole sample, or of its piece: `<|bos|>` and the tokens from `start` on.
-
-        A sample that is not what the plan counted keeps its place, as so many `<|bos|>` without targets.
-        """
-        try:
-            tokens = self._tokens(document.dataset, document.sample)
-            if document.tokens == len(tokens.ids):
-                return tokens
-            if not self.plan.splittable[document.dataset] or document.start + document.tokens > len(tokens.ids):
-                raise self._miscounted(document, tokens)
-        except (DataError, RenderError) as error:
-            self._skip(document.dataset, document.sample, error)
-            nothing = np.zeros(document.tokens, bool)
-            return _Tokens(f"skipped {document.sample}", np.full(document.tokens, self._bos, np.int32), nothing, [], [])
-        part = slice(document.start + 1, document.start + document.tokens)
-        ids = np.concatenate([tokens.ids[:1], tokens.ids[part]])
-        return tokens._replace(ids=ids, mask=np.concatenate([tokens.mask[:1], tokens.mask[part]]))
-
-    def _miscounted(self, document: Document, tokens: _Tokens) -> DataError:
-        dataset = self.datasets[document.dataset]
-        return DataError(
-            explain(
-                f"a sample has {len(tokens.ids)} tokens, {document.tokens} were counted when the epoch was planned.",
-                sample=f"{dataset.location}#{tokens.id}",
-                expected="the same data as when its lengths were counted",
-                likely="a shard was replaced, or lengths-*.npy belongs to other data",
-                next_step=f"delete {dataset.folder}/lengths-*.npy, then run again",
-            )
-        )
-
-    def _tokens(self, number: int, index: int, limit: int | None = None) -> _Tokens:
-        """Sample `index` of data set `number`, cut to `limit` tokens (default: T for a conversation)."""
-        if (number, index) in self._cache:
-            return self._cache[number, index]
-        dataset = self.datasets[number]
-        limit = limit or (_NO_LIMIT if dataset.kind == "text" else self.row_tokens)
-        record = dataset.record(index)
-        rendered = render_sample(dataset, index, self.tokenizer, self.tokens_per_image, limit, record)
-        ids, mask = np.array(rendered.ids, np.int32), np.array(rendered.mask, bool)
-        if self.loss_on == "all":
-            mask = np.ones(len(ids), bool)
-            mask[0] = False
-            for start in rendered.image_starts:
-                mask[start : start + self.tokens_per_image] = False
-        tokens = _Tokens(record.id, ids, mask, rendered.image_starts, rendered.images)
-        if dataset.kind == "chat" and len(ids) > self.row_tokens:
-            return tokens  # only counted: rows take it cut
-        return self._keep((number, index), tokens, ids.nbytes + mask.nbytes + 500)
-
-    def _decode(self, document: Document, image: int, out: np.ndarray) -> None:
-        """Write one decoded image into `out`, uint8 [3, S, S]."""
-        key = (document.dataset, document.sample, image)
-        if key in self._cache:
-            out[:] = self._cache[key]
-            return
-        dataset = self.datasets[document.dataset]
-        try:
-            decode(dataset.image(document.sample, image), self.image_size, out=out)
-        except ImageError as error:
-            name = name_of(dataset, dataset.record(document.sample))
-            raise ImageError(
-                explain(
-                    f"image {image} of a sample cannot be decoded.",
-                    sample=f"{name} ({str(error).removeprefix('ghostvis: ').splitlines()[0]})",
-                    expected="an image that `ghostvis-data build` accepted",
-                    likely="a damaged shard",
-                    next_step=f"ghostvis-data check {dataset.location}",
-                )
-            ) from error
-        if out.nbytes + 200 <= self._cache_room:
-            self._keep(key, out.copy(), out.nbytes + 200)
-
-    def _keep(self, key: tuple[int, ...], value: Any, size: int) -> Any:
-        """Remember a value while there is room; nothing is ever thrown out, so that every epoch gains the same."""
-        with self._lock:
-            if size <= self._cache_room and key not in self._cache:
-                self._cache[key] = value
-                self._cache_room -= size
-        return value
+        return replace(laid.batch, num_targets=int((targets != IGNORE).sum()))

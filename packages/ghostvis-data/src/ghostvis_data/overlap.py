@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ghostvis_data.shards import Dataset, Sample
+from ghostvis_data.storage import last_name
 from ghostvis_model.images import ImageError, load_image
 
 PASSAGE_WORDS = 13  # of a passage that counts as copied, as GPT-3's evaluation took it (Brown et al. 2020)
@@ -31,7 +32,7 @@ class Held:
     def add(self, dataset: Dataset) -> None:
         """Hold out a data set."""
         for sample in dataset:
-            name = f"{dataset.folder.name}#{sample.id}"
+            name = f"{last_name(dataset.opened)}#{sample.id}"
             for content in sample.images:
                 self._images.setdefault(hashlib.sha256(content).digest(), name)
                 try:

@@ -4,7 +4,8 @@ A recipe is a name of `RECIPES`, a folder that `ghostvis-data build` made, or a 
 
     [sft]                              # a phase: data set = its share of the tokens
     "my_data/train" = 0.7
-    "vqav2/train" = 0.3                # a set by its name lies where the named recipes look for it
+    "vqav2/train" = 0.2                # a set by its name lies where the named recipes look for it
+    "https://example.org/pets/train" = 0.1
 
     [evaluate]                         # data set = its task: a name, or a Python file that sets TASK
     "my_data/val" = "exact_match"
@@ -24,6 +25,7 @@ from ghostvis_data.errors import DataError, explain
 from ghostvis_data.files import MANIFEST
 from ghostvis_data.readers import SETS
 from ghostvis_data.shards import Dataset, read_manifest
+from ghostvis_data.storage import Location, inside, is_remote, last_name, located
 from ghostvis_data.tasks import Task, get_task
 from ghostvis_data.tiny_build import Progress, TinyWorldSizes, build_tiny_world
 from ghostvis_model.paths import home
@@ -100,7 +102,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
 class Source:
     """A data set of a mixture, and its share of the tokens (None: each sample once per epoch)."""
 
-    folder: Path
+    location: Location
     share: float | None = None
 
 
@@ -111,19 +113,23 @@ class Recipe:
     name: str
     phases: dict[str, tuple[Source, ...]]
     """What each phase trains on; a phase that is not here has no data in this recipe."""
-    evaluations: dict[str, Path]
+    evaluations: dict[str, Location]
     """Data sets to score, by the name their figures get."""
     task: Task
     """How they are scored, but for those of `tasks`."""
-    baseline: Path
+    baseline: Location
     """The training split from which the majority answers are read, but for those of `baselines`."""
     tasks: dict[str, Task] = field(default_factory=dict)
     """By the name of an evaluation."""
-    baselines: dict[str, Path] = field(default_factory=dict)
+    baselines: dict[str, Location] = field(default_factory=dict)
     """By the name of an evaluation."""
 
-    def datasets(self, phase: str) -> list[Dataset]:
+    def datasets(self, phase: str, *, allow_damaged: bool = False) -> list[Dataset]:
         """The data sets of a phase, opened.
+
+        Args:
+            phase: one of `PHASES`.
+            allow_damaged: open data sets with missing or cut shards, too; see `Dataset`.
 
         Raises:
             DataError: this recipe has no data for the phase, or a data set is missing or damaged.
@@ -139,7 +145,7 @@ class Recipe:
                     f"then ghostvis-train sft --data-recipe {self.name} --source mid",
                 )
             )
-        return [Dataset(source.folder) for source in self.phases[phase]]
+        return [Dataset(source.location, allow_damaged=allow_damaged) for source in self.phases[phase]]
 
     def shares(self, phase: str) -> Sequence[float] | None:
         """The shares of the tokens for `Stream(shares=...)`; None takes every sample once per epoch."""
@@ -154,7 +160,7 @@ class Recipe:
         """How an evaluation is scored."""
         return self.tasks.get(name, self.task)
 
-    def baseline_of(self, name: str) -> Path:
+    def baseline_of(self, name: str) -> Location:
         """The training split from which an evaluation's majority answers are read."""
         return self.baselines.get(name, self.baseline)
 
@@ -174,7 +180,7 @@ def open_recipe(
     """The recipe of this name, folder or TOML file; the tiny world is rendered if it is not there.
 
     Args:
-        name: of `RECIPES`, the folder of `ghostvis-data build`, or a TOML file.
+        name: of `RECIPES`, the folder of `ghostvis-data build` or its address, or a TOML file.
         seed: of the tiny world.
         sizes: of the tiny world.
         on_progress: called with (samples done, samples in all) while the tiny world is rendered.
@@ -187,12 +193,23 @@ def open_recipe(
         return _tiny_world(folder, "tiny_world")
     if str(name) in NAMED:
         return _compose(str(name), NAMED[str(name)], sets_folder())
-    path = Path(name).expanduser()
-    if path.suffix == ".toml":
+    path = located(name)
+    if isinstance(path, Path) and path.suffix == ".toml":
         return _compose(str(name), _read(path), path.parent)
-    if not path.is_dir():
+    if isinstance(path, Path) and not path.is_dir():
         raise _unknown(str(name))
     return _of_folder(path, str(name))
+
+
+def recipe_id(name: str) -> str:
+    """A recipe as plans and checkpoints remember it: its name or address, or the path of its folder or file from the
+    root, so that it is found again from any folder."""
+    return name if name in RECIPES or is_remote(name) else str(Path(name).expanduser().resolve())
+
+
+def short_name(name: str) -> str:
+    """A recipe in one word, for the names of folders: `mix` of `../mix.toml`, `pets` of `https://example.org/pets`."""
+    return name if name in RECIPES else last_name(name).removesuffix(".toml")
 
 
 def describe_recipes() -> str:
@@ -209,16 +226,26 @@ def describe_recipes() -> str:
     return "\n".join(lines)
 
 
-def _of_folder(folder: Path, name: str) -> Recipe:
+def _of_folder(folder: Location, name: str) -> Recipe:
     manifest = read_manifest(folder)
-    if manifest.get("source", {}).get("name") == "tiny_world" and "splits" in manifest:
+    splits = manifest.get("splits", {})
+    if manifest.get("source", {}).get("name") == "tiny_world" and splits:
         return _tiny_world(folder, name)
-    train = folder / "train" if "splits" in manifest else folder
+    if splits and "train" not in splits:
+        raise DataError(
+            explain(
+                f"{folder} has no split to train on, only {', '.join(splits)}.",
+                expected="a data set with a split called train",
+                likely="a set that is published for evaluation alone",
+                next_step="name it below [evaluate] in a recipe file of your own (ghostvis-data recipes --help)",
+            )
+        )
+    train = inside(folder, "train") if splits else folder
     kind = read_manifest(train)["kind"]
     source = (Source(train),)
     phases: dict[str, tuple[Source, ...]]
     phases = {"tokenizer": source, "base": source} if kind == "text" else {"align": source, "sft": source}
-    evaluations = {"val": folder / "val"} if (folder / "val" / MANIFEST).exists() else {}
+    evaluations = {"val": inside(folder, "val")} if "val" in splits else {}
     published = SETS.get(manifest["source"].get("name", ""))
     task = get_task(published.task if published and published.task else "exact_match")
     return Recipe(name, phases, evaluations, task, train)
@@ -238,20 +265,37 @@ def _compose(name: str, phases: Mapping[str, Mapping[str, Any]], beside: Path) -
     for key, task in phases.get("evaluate", {}).items():
         evaluations[key] = folders[key]
         tasks[key] = get_task(beside / task if task.endswith(".py") else task)
-        own = folders[key].parent / "train"
-        baselines[key] = own if (own / MANIFEST).exists() else first
+        baselines[key] = _train_beside(folders[key], trained, folders) or first
     return Recipe(name, sources, evaluations, get_task("exact_match"), first, tasks, baselines)
 
 
-def _locate(key: str, beside: Path) -> Path:
+def _train_beside(held_out: Location, trained: Mapping[str, Any], folders: Mapping[str, Location]) -> Location | None:
+    """The split `train` of the set of which `held_out` is another; None where there is none."""
+    if isinstance(held_out, Path):
+        own = held_out.parent / "train"
+        return own if (own / MANIFEST).exists() else None
+    head, _, tail = held_out.rpartition(last_name(held_out))
+    own = f"{head}train{tail}"  # asked for only where the recipe names it: not every address that may be there
+    return own if any(own == folders[key] for listed in trained.values() for key in listed) else None
+
+
+def _locate(key: str, beside: Path) -> Location:
+    if is_remote(key):
+        return key
     path = Path(key).expanduser()
     here = path if path.is_absolute() else beside / path
     elsewhere = not here.exists() and key.split("/")[0] in SETS
     return sets_folder() / path if elsewhere else here
 
 
-def _check_built(name: str, folders: Mapping[str, Path]) -> None:
-    missing = {key: folder for key, folder in folders.items() if not (folder / MANIFEST).exists()}
+def _check_built(name: str, folders: Mapping[str, Location]) -> None:
+    """Raise DataError unless every data set is there; addresses are asked for their manifests."""
+    missing = {}
+    for key, folder in folders.items():
+        if not isinstance(folder, Path):
+            read_manifest(folder)
+        elif not (folder / MANIFEST).exists():
+            missing[key] = folder
     if not missing:
         return
     commands = {}
@@ -303,14 +347,14 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return phases
 
 
-def _tiny_world(folder: Path, name: str) -> Recipe:
+def _tiny_world(folder: Location, name: str) -> Recipe:
     phases = {"tokenizer": "text", "vision": "captions", "base": "text", "align": "captions", "sft": "train"}
     return Recipe(
         name,
-        {phase: (Source(folder / split),) for phase, split in phases.items()},
-        {split: folder / split for split in ("test", "combinations")},
+        {phase: (Source(inside(folder, split)),) for phase, split in phases.items()},
+        {split: inside(folder, split) for split in ("test", "combinations")},
         get_task("tiny_world"),
-        folder / "train",
+        inside(folder, "train"),
     )
 
 

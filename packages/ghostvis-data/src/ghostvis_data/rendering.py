@@ -14,6 +14,7 @@ import numpy as np
 from ghostvis_data.files import atomic_write
 from ghostvis_data.shards import Dataset, Sample
 from ghostvis_model.chat import ChatTokenizer, Rendered, check_image_count, render
+from ghostvis_model.conversation import Record, read_turns
 from ghostvis_model.paths import home
 
 RENDERING = 1  # goes into the name of cached lengths; raise it when the chat template changes
@@ -30,7 +31,7 @@ class DataTokenizer(ChatTokenizer, Protocol):
 
 def name_of(dataset: Dataset, sample: Sample) -> str:
     """How errors name a sample: `folder#id`, or `address#id`."""
-    return f"{dataset.location}#{sample.id}"
+    return f"{dataset.opened}#{sample.id}"
 
 
 def image_references(messages: list[dict[str, Any]]) -> list[Any]:
@@ -63,23 +64,32 @@ def render_sample(
         return Rendered([tokenizer.special("<|bos|>"), *body], [0, *[1] * len(body)], [], [])
     assert sample.messages is not None
     name = name_of(dataset, sample)
-    references = image_references(sample.messages)
+    try:
+        references = image_references(sample.messages)
+    except (KeyError, TypeError):
+        read_turns(sample.messages, Record(name), for_training=True)  # says what is wrong with it
+        raise
     stored = dataset.image_count(index)
-    if sorted(set(references)) != list(range(stored)):
+    if set(references) != set(range(stored)):
         mentioned = len(references) if len(references) != stored else len(set(references) & set(range(stored)))
         check_image_count(mentioned * tokens_per_image, stored, tokens_per_image, sample_id=name)
     return render(sample.messages, tokenizer, tokens_per_image, max_tokens=max_tokens, sample_id=name)
 
 
 def sample_lengths(
-    dataset: Dataset, tokenizer: DataTokenizer, tokens_per_image: int, count: Callable[[int], int]
+    dataset: Dataset,
+    tokenizer: DataTokenizer,
+    tokens_per_image: int,
+    count: Callable[[int], int],
+    row_tokens: int | None = None,
 ) -> np.ndarray:
-    """Tokens of every sample, uint32 [samples], uncut; `count` gives those of one.
+    """Tokens of every sample, uint32 [samples], uncut or cut to `row_tokens`; `count` gives those of one.
 
-    Counted once per content of the data set, tokenizer and tokens per image, and kept beside the shards (in
-    `home()/data/lengths` where that folder cannot be written).
+    Counted once per content of the data set, tokenizer, tokens per image and row, and kept beside the shards (in
+    `home()/data/lengths` where that folder cannot be written): a sample that breaks later keeps its place in the plan.
     """
     key = f"{dataset.hash}/{tokenizer.hash}/{tokens_per_image}/{RENDERING}"
+    key += f"/{row_tokens}" if row_tokens is not None else ""
     name = f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     folder = dataset.folder if os.access(dataset.folder, os.W_OK) else home() / "data" / "lengths"
     path = Path(folder) / name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -17,22 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from shlex import quote
+from typing import Any, Literal
 
 import numpy as np
 
 from ghostvis_data.errors import DataError, explain
 from ghostvis_data.files import MANIFEST, atomic_write
 from ghostvis_data.storage import CONNECTIONS, Mirror, Remote, is_remote
-from ghostvis_data.tar import BLOCK, member_header
+from ghostvis_data.tar import BLOCK
 from ghostvis_model.paths import home
 
 VERSION = 1
-SHARD_BYTES = 128 << 20
 EXTENSIONS = ("jpg", "png", "webp")
 
 Kind = Literal["chat", "text"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,89 +65,6 @@ def image_extension(content: bytes) -> str:
     return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else ""
 
 
-class ShardWriter:
-    """Write samples into a new folder; `finish()` (or leaving the `with` block well) makes it a data set.
-
-    Args:
-        folder: created if it is not there.
-        kind: "chat" (samples with messages) or "text" (samples with text).
-        source: what the samples came from, kept in the manifest; JSON values only.
-        shard_bytes: a shard is closed when it has grown to this size.
-        first: number of the first sample, in the names of members (of one part of a larger data set).
-    """
-
-    def __init__(
-        self, folder: Path, kind: Kind, source: dict[str, Any], shard_bytes: int = SHARD_BYTES, first: int = 0
-    ) -> None:
-        self.folder, self.kind, self.source, self.shard_bytes = Path(folder), kind, source, shard_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.first = first
-        self.shards: list[dict[str, Any]] = []
-        self.samples = self.images = 0
-        self._members: list[tuple[int, int, int]] = []
-        self._chunks: list[bytes] = []  # of the shard that is being filled: never copied, hashed while written
-        self._size = self._first = 0
-
-    def write(self, sample: Sample) -> None:
-        """Append one sample.
-
-        Raises:
-            DataError: the sample is not of this kind, or an image is neither JPEG, PNG nor WebP.
-        """
-        if (sample.text is None) == (self.kind == "text"):
-            raise DataError(explain(f"a {self.kind} data set cannot hold this sample.", sample=sample.id))
-        key = f"{self.first + self.samples:09d}"
-        record = json.dumps(sample.record(), ensure_ascii=False, separators=(",", ":")).encode()
-        self._member(f"{key}.json", record)
-        for number, content in enumerate(sample.images):
-            extension = image_extension(content)
-            if not extension:
-                raise DataError(explain("an image is neither JPEG, PNG nor WebP.", sample=sample.id))
-            self._member(f"{key}.{number}.{extension}", content)
-        self.samples += 1
-        self.images += len(sample.images)
-        if self._size >= self.shard_bytes:
-            self._close_shard()
-
-    def finish(self, **facts: Any) -> dict[str, Any]:
-        """Close the last shard and write `dataset.json`, with `facts` added to it. Returns the manifest."""
-        if self._members:
-            self._close_shard()
-        counts = {"samples": self.samples, "images": self.images}
-        manifest = {"version": VERSION, "kind": self.kind, **counts, "source": self.source, **facts}
-        write_manifest(self.folder, manifest | {"shards": self.shards})
-        return manifest
-
-    def _member(self, name: str, content: bytes) -> None:
-        self._members.append((self.samples - self._first, self._size + BLOCK, len(content)))
-        self._chunks += (member_header(name, len(content)), content, bytes(-len(content) % BLOCK))
-        self._size += BLOCK + len(content) + -len(content) % BLOCK
-
-    def _close_shard(self) -> None:
-        name = f"shard-{len(self.shards):06d}"
-        index = io.BytesIO()
-        np.save(index, np.asarray(self._members, dtype="<i8"))
-        self._chunks.append(bytes(2 * BLOCK))
-        entry: dict[str, Any] = {"name": f"{name}.tar", "samples": self.samples - self._first}
-        for key, file, chunks in (("", f"{name}.tar", self._chunks), ("index_", f"{name}.idx.npy", [index.getvalue()])):
-            written = atomic_write(self.folder / file, chunks)
-            entry |= {f"{key}bytes": written.size_bytes, f"{key}sha256": written.sha256}
-        self.shards.append(entry)
-        self._members, self._chunks, self._size, self._first = [], [], 0, self.samples
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `dataset.json`, the last file of a data set."""
-    atomic_write(folder / MANIFEST, [(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()])
-
-
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The content of `folder/dataset.json`; the folder may be remote (see `ghostvis_data.storage`).
 
@@ -155,6 +74,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if is_remote(folder):
         return _parse_manifest(f"{folder}/{MANIFEST}", _remote_manifest(Remote(str(folder))))
     path = Path(folder) / MANIFEST
+    if not Path(folder).exists():
+        raise DataError(
+            explain(
+                f"there is no folder {folder}.",
+                expected=f"a folder that `ghostvis-data build` made, with {MANIFEST} in it",
+                likely="a typing error, or another working folder",
+                next_step="ls, then the same command with the folder's name",
+            )
+        )
     if not path.is_file():
         unfinished = Path(folder).is_dir() and any(Path(folder).glob("shard-*"))
         raise DataError(
@@ -228,12 +156,16 @@ class Dataset:
     Args:
         folder: the folder or address.
         room: bytes that fetched shards may take on this machine.
+        allow_damaged: open it although shards of the folder are missing or cut off: their samples are errors when they
+            are read, which `Stream(skip_budget=...)` counts. A damaged index is made again from its shard's headers.
 
     Raises:
         DataError: no manifest, a damaged one, a missing or truncated shard or index (named).
     """
 
-    def __init__(self, folder: str | Path, *, room: int = 64 << 30) -> None:
+    def __init__(self, folder: str | Path, *, room: int = 64 << 30, allow_damaged: bool = False) -> None:
+        self.opened = str(folder)  # as `ghostvis-data check` takes it
+        self._allow_damaged = allow_damaged
         content = _remote_manifest(Remote(str(folder))) if is_remote(folder) else b""
         if content:
             name = hashlib.sha256(str(folder).encode() + content).hexdigest()[:16]
@@ -283,6 +215,11 @@ class Dataset:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def check_command(self) -> str:
+        """What a person types to see what is wrong with it."""
+        return f"ghostvis-data check {quote(self.opened)}"
+
     def record(self, index: int) -> Sample:
         """Sample `index` without its images."""
         if not 0 <= index < len(self):
@@ -295,11 +232,15 @@ class Dataset:
 
                 return foreign_sample(content, self.manifest["foreign"], name, self.image_count(index))
             record = json.loads(content)
+            body = record["text" if self.kind == "text" else "messages"]
+            if not isinstance(body, str if self.kind == "text" else list):
+                raise TypeError(f"a {type(body).__name__} as its {'text' if self.kind == 'text' else 'messages'}")
             return Sample(record["id"], record.get("messages"), record.get("text"), [], record.get("meta", {}))
         except DataError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(self._shard(index)["name"], f"sample {index} is not the JSON of a sample") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = f"sample {index} is not the JSON of a sample ({type(error).__name__}: {error})"
+            raise self._damaged(self._shard(index)["name"], found, kind="record") from error
 
     def image_count(self, index: int) -> int:
         """How many images sample `index` has, without reading it."""
@@ -339,11 +280,23 @@ class Dataset:
         Raises:
             DataError: a shard differs; it is named.
         """
-        for number, shard in enumerate(self.manifest["shards"]):
-            if self.mirror is not None:
-                os.close(self.mirror.open(shard["name"], partial(self._check, shard)))
-            else:
-                self._check(self.manifest["shards"][number], self._path(shard))
+        for damage in self.damages():
+            raise damage
+
+    def damages(self) -> Iterator[DataError]:
+        """The errors of all shards and indices whose checksum is not that of the manifest; remote ones are fetched."""
+        for shard in self.manifest["shards"]:
+            try:
+                self._read_index(shard)
+            except DataError as error:
+                yield error
+            try:
+                if self.mirror is not None:
+                    os.close(self.mirror.open(shard["name"], partial(self._check, shard)))
+                else:
+                    self._check(shard, self._path(shard))
+            except DataError as error:
+                yield error
 
     def first_sample(self, shard: int) -> int:
         """The number of the first sample of a shard."""
@@ -377,14 +330,18 @@ class Dataset:
 
     def _check(self, shard: dict[str, Any], path: Path) -> None:
         """Raise DataError unless the file at `path` is this shard (its size, and its checksum where one is known)."""
-        size = path.stat().st_size
-        if size != shard["bytes"]:
-            raise self._damaged(shard["name"], f"it has {size:,} bytes", f"{shard['bytes']:,} bytes")
+        self._check_size(shard, path)
         if shard["sha256"] is not None:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != shard["sha256"]:
                 raise self._damaged(shard["name"], f"its checksum is {digest[:12]}...", f"{shard['sha256'][:12]}...")
+
+    def _check_size(self, shard: dict[str, Any], path: Path) -> None:
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard["bytes"]:
+            found = "it is missing" if size is None else f"it has {size:,} bytes"
+            raise self._damaged(shard["name"], found, f"{shard['bytes']:,} bytes")
 
     def _fetch_indices(self) -> None:
         """The indices of a remote data set, several at once: hundreds of small files, each a round trip away."""
@@ -403,17 +360,25 @@ class Dataset:
             list(pool.map(fetch, self.manifest["shards"]))
 
     def _open_index(self, shard: dict[str, Any]) -> np.ndarray:
-        if self.mirror is None:
-            path = self._path(shard)
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                found = "it is missing" if size is None else f"it has {size:,} bytes"
-                raise self._damaged(shard["name"], found, f"{shard['bytes']:,} bytes")
+        path = self._path(shard)
+        if self.mirror is None and not self._allow_damaged:
+            self._check_size(shard, path)
+        try:
+            return np.load(io.BytesIO(self._read_index(shard)))
+        except DataError as error:
+            if not self._allow_damaged or "foreign" in self.manifest or not path.is_file():
+                raise
+            from ghostvis_data.foreign import index_of_shard  # it needs Dataset
+
+            _log.warning("%s\n  so       made again from the headers of %s", error, path)
+            return index_of_shard(path)
+
+    def _read_index(self, shard: dict[str, Any]) -> bytes:
         index = index_path(self.folder, shard["name"])
         content = index.read_bytes() if index.is_file() else b""
         if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
             raise self._damaged(index.name, "it differs from the manifest" if content else "it is missing")
-        return np.load(io.BytesIO(content))
+        return content
 
     def _shard(self, index: int) -> dict[str, Any]:
         return self.manifest["shards"][int(self._shard_of[index])]
@@ -423,6 +388,13 @@ class Dataset:
         number = int(self._shard_of[index])
         shard = self.manifest["shards"][number]
         offset, size = self._members[self._first[index] + member].tolist()
+        if not (BLOCK <= offset <= offset + size <= shard["bytes"]):
+            raise self._damaged(
+                shard["name"],
+                f"its index promises {size} bytes of sample {index} at {offset}",
+                f"a place within its {shard['bytes']:,} bytes",
+                kind="member",
+            )
         if self.mirror is not None:  # opened for each read: the mirror may throw the file out meanwhile
             file = self.mirror.open(shard["name"], partial(self._check, shard))
             try:
@@ -434,24 +406,32 @@ class Dataset:
             if file is None:
                 with self._lock:
                     if number not in self._files:
-                        self._files[number] = os.open(self._path(shard), os.O_RDONLY)
+                        self._files[number] = self._open(shard)
                     file = self._files[number]
             content = os.pread(file, size + BLOCK, offset - BLOCK)
         if len(content) != size + BLOCK:
-            raise self._damaged(shard["name"], f"it ends inside sample {index}")
+            raise self._damaged(shard["name"], f"it ends inside sample {index}", kind="shard")
         if content[257:262] != b"ustar" or member_size(content) != size:
             raise self._damaged(
                 shard["name"],
                 f"its index promises {size} bytes of sample {index} at {offset}, which are not there",
+                kind="member",
             )
         return content[BLOCK:]
 
-    def _damaged(self, name: str, found: str, expected: str = "") -> DataError:
+    def _open(self, shard: dict[str, Any]) -> int:
+        try:
+            return os.open(self._path(shard), os.O_RDONLY)
+        except OSError as error:
+            raise self._damaged(shard["name"], f"it cannot be opened ({error.strerror})") from error
+
+    def _damaged(self, name: str, found: str, expected: str = "", kind: str = "shard") -> DataError:
         return DataError(
             explain(
                 f"{self.location}/{name} is damaged: {found}.",
                 expected=expected or "the file that `ghostvis-data build` wrote",
                 likely="an incomplete copy, a full disk, or an edit",
-                next_step=f"ghostvis-data check {self.folder}, then copy or build the data set again",
-            )
+                next_step=f"{self.check_command}, then copy or build the data set again",
+            ),
+            kind,
         )

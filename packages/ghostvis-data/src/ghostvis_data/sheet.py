@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,13 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from ghostvis_data.check import split_folders
 from ghostvis_data.errors import DataError, explain
 from ghostvis_data.shards import Dataset, Sample
+from ghostvis_data.storage import Location, last_name
 from ghostvis_model.images import ImageError, load_image
 
 TILE_PX = 224
 CAPTION_LINES = 5
 
 
-def contact_sheet(folder: Path, count: int = 24, columns: int = 6) -> Image.Image:
+def contact_sheet(folder: Location, count: int = 24, columns: int = 6) -> Image.Image:
     """A page of samples, evenly spread over each split: first image, first words.
 
     Raises:
@@ -56,13 +56,17 @@ def _picture(content: bytes) -> Image.Image:
         return Image.new("RGB", (TILE_PX, TILE_PX), "red")
 
 
-def _spread(folders: list[Path], count: int) -> Iterator[tuple[str, Sample]]:
-    """`count` samples, shared among the data sets and evenly spaced in each."""
+def _spread(folders: list[Location], count: int) -> Iterator[tuple[str, Sample]]:
+    """`count` samples, shared among the data sets and evenly spaced in each; what cannot be read says why."""
     each = max(1, count // len(folders))
     for folder in folders:
-        dataset = Dataset(folder)
+        dataset = Dataset(folder, allow_damaged=True)
         for index in sorted({int(i) for i in np.linspace(0, len(dataset) - 1, min(each, len(dataset)))}):
-            yield folder.name, dataset[index]
+            try:
+                yield last_name(folder), dataset[index]
+            except DataError as error:
+                found = str(error).splitlines()[0].removeprefix("ghostvis: ")
+                yield last_name(folder), Sample(f"number {index}", text=found, images=[b""])
 
 
 def _first_words(sample: Sample) -> list[str]:

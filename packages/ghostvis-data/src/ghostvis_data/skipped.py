@@ -5,11 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from shlex import quote
 
 from ghostvis_data.errors import DataError, explain
 from ghostvis_model.errors import GhostVisError
 
 LOGGED = 20  # the first ones, in full
+KINDS = {
+    "image": "a picture that cannot be decoded",
+    "record": "a record that is not the JSON of a sample",
+    "member": "no such file in the shard where its index says: a lying index, or an overwritten header",
+    "shard": "a shard that is missing, cut off or not the one of the manifest",
+    "render": "a conversation without an answer, or too long for a row, or whose pictures do not match its text",
+    "length": "a sample that has not the length with which the epoch was planned",
+}
+"""How broken samples are counted."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +37,8 @@ class Skipped:
         """(data set, number of the sample) -> (kind, first line of the error)."""
         self._lock = threading.Lock()
 
-    def add(self, kind: str, where: str, sample: int, error: GhostVisError) -> None:
-        """Count a sample once, however often it comes.
+    def add(self, where: str, sample: int, error: GhostVisError) -> None:
+        """Count a sample once, however often it comes, under the kind of its error (see `KINDS`).
 
         Raises:
             GhostVisError: `error` itself where nothing may be skipped.
@@ -36,6 +46,7 @@ class Skipped:
         """
         if not self.budget:
             raise error
+        kind = error.kind if isinstance(error, DataError) else type(error).__name__.removesuffix("Error").lower()
         with self._lock:
             if (where, sample) in self.samples:
                 return
@@ -51,7 +62,7 @@ class Skipped:
                     sample=f"{where}, sample {sample}: {self.samples[where, sample][1]}",
                     expected=f"at most {self.budget} (skip_budget)",
                     likely="a damaged copy of the data",
-                    next_step=f"ghostvis-data check {where}",
+                    next_step=f"ghostvis-data check {quote(where)}",
                 )
             ) from error
 

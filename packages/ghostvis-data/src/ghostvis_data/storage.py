@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from ghostvis_data.errors import DataError, explain
 from ghostvis_data.files import locked
@@ -34,15 +34,44 @@ ATTEMPTS = 8  # in a row without a byte
 FIRST_WAIT_S = 0.1  # before the second attempt; doubled each time, so about 13 s in all
 TIMEOUT_S = 30.0  # without a byte
 CONNECTIONS = 8
+RETRY_AFTER_S = 60.0  # a shard that could not be had is asked for again so much later, not for each of its samples
 _SHELL = frozenset(("|", "||", "&&", ";", ">", ">>", "<", "&"))
+
+Location: TypeAlias = str | Path
+"""A folder, or an address: what `ghostvis_data.shards.Dataset` opens."""
 
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _BROKEN = (OSError, http.client.HTTPException)  # resets, timeouts, bodies that end early; URLError is an OSError
 
 
-def is_remote(location: str | Path) -> bool:
+def is_remote(location: Location) -> bool:
     """Whether `location` is an address rather than a folder."""
     return str(location).startswith(("http://", "https://", "pipe:"))
+
+
+def located(name: Location) -> Location:
+    """What somebody typed as a location: an address as it is, a folder as a path with `~` replaced."""
+    return str(name) if is_remote(name) else Path(name).expanduser()
+
+
+def inside(location: Location, name: str) -> Location:
+    """The folder `name` in a folder or at an address: `pipe:cat /mnt/coco/{}` becomes `pipe:cat /mnt/coco/train/{}`."""
+    if not is_remote(location):
+        return Path(location) / name
+    if str(location).startswith("pipe:"):
+        return str(location).replace("{}", f"{name}/{{}}")
+    return f"{str(location).rstrip('/')}/{name}"
+
+
+def last_name(location: Location) -> str:
+    """The last folder of a location: `train` of `/data/coco/train`, of `https://example.org/coco/train/` and of
+    `pipe:aws s3 cp s3://bucket/coco/train/{} -`."""
+    path = str(location)
+    if path.startswith("pipe:"):
+        path = next(word for word in shlex.split(path) if "{}" in word).split("{}")[0]
+    elif not is_remote(path):
+        path = str(Path(path).resolve())
+    return path.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -185,6 +214,7 @@ class Mirror:
         self.fetched = 0  # shards that this process fetched
         self._lock = threading.Lock()
         self._coming: dict[str, Future[None]] = {}
+        self._failed: dict[str, float] = {}  # name -> when
         self._here: OrderedDict[str, int] = OrderedDict()  # name -> bytes, least recently used first
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="ghostvis-fetch")
 
@@ -218,7 +248,8 @@ class Mirror:
     def _request(self, name: str, check: Callable[[Path], None]) -> Future[None]:
         with self._lock:
             coming = self._coming.get(name)
-            if coming is None or (coming.done() and (coming.cancelled() or coming.exception() is not None)):
+            failed = coming is not None and coming.done() and (coming.cancelled() or coming.exception() is not None)
+            if coming is None or (failed and time.monotonic() >= self._failed.get(name, 0.0) + RETRY_AFTER_S):
                 coming = self._coming[name] = self._pool.submit(self._bring, name, check)
             return coming
 
@@ -243,6 +274,20 @@ class Mirror:
             check(temporary)
             os.replace(temporary, self.folder / name)
             self.fetched += 1
+        except FileNotFoundError as error:
+            self._failed[name] = time.monotonic()
+            raise DataError(
+                explain(
+                    f"{name} is missing at {self.remote.location}.",
+                    expected="every shard that dataset.json lists",
+                    likely="an upload that did not finish, or a file that was removed",
+                    next_step=f"ghostvis-data check {shlex.quote(self.remote.location)}",
+                ),
+                "shard",
+            ) from error
+        except DataError:
+            self._failed[name] = time.monotonic()
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -254,5 +299,6 @@ def _unreachable(what: str, found: str, attempts: int) -> DataError:
             expected=f"the whole file within {attempts} attempt(s)",
             likely="the address, a missing permission, or a server that is down",
             next_step="open the same address by hand, then run the command again: nothing that came is lost",
-        )
+        ),
+        "shard",
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ghostvis_data import tiny_world
 from ghostvis_data.files import MANIFEST, locked, new_folder
-from ghostvis_data.shards import VERSION, Sample, ShardWriter, read_manifest, write_manifest
+from ghostvis_data.shard_writer import ShardWriter, write_manifest
+from ghostvis_data.shards import VERSION, Sample, read_manifest
 from ghostvis_model.paths import home
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)

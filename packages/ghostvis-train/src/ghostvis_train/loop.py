@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ class Job:
     save_every: int
     log_every: int
     rows_per_micro_batch: int
+    skipped: Callable[[], dict[str, int]] = dict
+    """Broken samples that this process has left out so far, by kind."""
 
 
 def check_plan(plan: Plan, folder: Path) -> None:
@@ -119,14 +122,18 @@ def train(job: Job, context: Context) -> Path:
     while step < plan.steps:
         metrics = _train_step(job, model, step, context)
         step += 1
-        context.log(run, {"phase": plan.phase, "step": step, **metrics, **clock.tick()})
+        context.log(run, {"phase": plan.phase, "step": step, **metrics, **clock.tick(metrics["data_wait_s"])})
         if step % job.log_every == 0 or step == plan.steps or step == 1:
-            context.say(_line(plan, step, metrics, clock))
+            skipped = int(context.sum(sum(job.skipped().values())))
+            context.say(_line(plan, step, metrics, clock, skipped))
         if step % job.save_every == 0 and step < plan.steps:
             _save(job, run, step, metrics, context)
     folder = _save(job, run, step, metrics, context)
     context.accelerator.end_training()
     context.say(f"{plan.phase}: done, {plan.steps} steps in {clock.seconds:.0f} s -> {folder}")
+    if left_out := job.skipped():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+        context.say(f"{plan.phase}: samples left out by the first process: {kinds}; `ghostvis-data check` names them")
     return folder
 
 
@@ -202,12 +209,13 @@ def _resume(job: Job, run: Path, context: Context) -> int:
 
 
 class Clock:
-    """Rate and time left of a run."""
+    """Rate and time left of a run, and how much of it went into waiting for data."""
 
     def __init__(self, steps_left: int) -> None:
         self._started = time.perf_counter()
         self._steps_left = steps_left
         self._steps = 0
+        self._first_wait_s = self._waited_s = 0.0
 
     @property
     def seconds(self) -> float:
@@ -217,18 +225,29 @@ class Clock:
     def seconds_left(self) -> float:
         return self.seconds / max(self._steps, 1) * (self._steps_left - self._steps)
 
-    def tick(self) -> dict[str, float]:
+    @property
+    def wait_percent(self) -> float:
+        """data_wait: of the time since the first batch, what was spent waiting for the later ones."""
+        return 100 * self._waited_s / max(self.seconds - self._first_wait_s, 1e-9)
+
+    def tick(self, waited_s: float) -> dict[str, float]:
+        """A step is done, whose data had to be waited for so long."""
+        if self._steps:
+            self._waited_s += waited_s
+        else:
+            self._first_wait_s = waited_s  # nothing could be prepared before
         self._steps += 1
-        return {"seconds": round(self.seconds, 3)}
+        return {"seconds": round(self.seconds, 3), "data_wait_percent": round(self.wait_percent, 3)}
 
     @property
     def steps_per_s(self) -> float:
         return self._steps / self.seconds
 
 
-def _line(plan: Plan, step: int, metrics: dict[str, float], clock: Clock) -> str:
+def _line(plan: Plan, step: int, metrics: dict[str, float], clock: Clock, skipped: int) -> str:
     tokens = metrics["targets"] * clock.steps_per_s
     return (
         f"{plan.phase:6s} {step:5d}/{plan.steps}  loss {metrics['loss']:7.4f}  norm {metrics['grad_norm']:6.3f}  "
-        f"{tokens:9,.0f} targets/s  wait {metrics['data_wait_s']:.3f} s  left {clock.seconds_left:4.0f} s"
+        f"{tokens:9,.0f} targets/s  data_wait {clock.wait_percent:4.1f} %  skipped {skipped}  "
+        f"left {clock.seconds_left:4.0f} s"
     )

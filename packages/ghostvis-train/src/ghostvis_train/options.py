@@ -37,6 +37,9 @@ class RunOptions:
     """Rows of one micro-batch on one device. None: all rows of a step in the tiny world, else at most 8."""
     context_length: int | None = None
     """Tokens of a row. None: by the recipe's rule."""
+    skip_budget: int = 0
+    """Broken samples (damaged pictures, records, shards) that each process may leave out: counted, logged, without
+    targets. One more stops the run, so 0 stops it at the first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -55,6 +58,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1, or leave it out")
+        if self.skip_budget < 0:
+            raise UserError(f"--skip-budget {self.skip_budget}: at least 0")
 
 
 Run = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
@@ -66,10 +71,16 @@ class TokenizerConfig:
 
     data_recipe: str = "tiny_world"
     """A named recipe, or a folder of texts made by `ghostvis-data build`."""
+    texts: tuple[Path, ...] = ()
+    """Files instead of a recipe: text, `.jsonl` and `.parquet` (their "text"), folders of `.txt`, `.md` and those."""
     vocab_size: int | None = None
     """Bytes, merges and special tokens together. None: 384 in the tiny world, else 32,768."""
     model_tag: str | None = None
     """Name of the tokenizer's folder. None: as the model of the same recipe and seed."""
+    compare: tuple[str, ...] = ()
+    """Vocabularies to show beside it, each NAME=FILE: a tokenizer.json, or tiktoken's ranks of gpt2, cl100k, o200k."""
+    report: tuple[str, ...] = ()
+    """Texts to show compression on besides the built-in news, code, science and languages, each NAME=FILE."""
     seed: int = 0
     """Seed of the tiny world."""
 

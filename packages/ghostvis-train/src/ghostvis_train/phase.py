@@ -12,13 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ghostvis_data import Dataset, Recipe, Stream, TinyWorldSizes, open_recipe
+from ghostvis_data.decode import decoder
+from ghostvis_data.recipes import recipe_id, short_name
 from ghostvis_model import checkpoint
 from ghostvis_model.config import VLMConfig
 from ghostvis_model.tokenizer import Tokenizer
-from ghostvis_train.context import Context, start
+from ghostvis_train.context import Context, resolve_device, start
 from ghostvis_train.loop import Job, Plan
 from ghostvis_train.loop import Stream as Batches
 from ghostvis_train.optim import Optimizers
@@ -60,7 +63,7 @@ def tag_of(run: RunOptions, source: Path | None = None) -> str:
     if run.data_recipe == TINY_WORLD:
         return "tiny" if run.seed == 0 else f"tiny-seed{run.seed}"
     if source is not None:
-        return f"{source.parent.name}-{Path(run.data_recipe).resolve().name}"
+        return f"{source.parent.name}-{short_name(run.data_recipe)}"
     return f"d{run.depth}"
 
 
@@ -89,11 +92,6 @@ def find_source(source: str, run: RunOptions) -> Path:
     return folder
 
 
-def name_of_data(run: RunOptions) -> str:
-    """The recipe as plans and checkpoints remember it: its name, or its folder from the root."""
-    return TINY_WORLD if run.data_recipe == TINY_WORLD else str(Path(run.data_recipe).expanduser().resolve())
-
-
 def make_stream(
     recipe: Recipe,
     phase: str,
@@ -104,16 +102,20 @@ def make_stream(
     *,
     loss_on: Literal["assistant", "all"] = "assistant",
 ) -> Stream:
-    """The packed batches of a phase, with images at the model's size."""
+    """The packed batches of a phase, with images at the model's size; copied ahead to the GPU where the run has one.
+
+    Call it after `start_phase`, which chooses the GPU of this process.
+    """
     row_tokens = run.context_length or settings.row_tokens
     if row_tokens > model.text.context_length:
         raise UserError(
             f"rows of {row_tokens} tokens, but the model reads {model.text.context_length}; lower --context-length"
         )
+    on_gpu = resolve_device(run.device).type == "cuda"
 
     def stream(rows: int) -> Stream:
         return Stream(
-            recipe.datasets(phase),
+            recipe.datasets(phase, allow_damaged=run.skip_budget > 0),
             tokenizer,
             tokens_per_image=model.tokens_per_image,
             image_size=model.vision.image_size if model.vision else 0,
@@ -122,6 +124,8 @@ def make_stream(
             seed=run.seed,
             shares=recipe.shares(phase),
             loss_on=loss_on,
+            device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+            skip_budget=run.skip_budget,
         )
 
     made = stream(rows_per_step(run, settings, row_tokens))
@@ -164,9 +168,11 @@ def make_job(
     notes: dict[str, str] | None = None,
 ) -> Job:
     """Derive, print and freeze every number of a run."""
+    if isinstance(stream, Stream):
+        check_ranks_agree(stream, context)
     plan = Plan(
         phase=phase,
-        data_recipe=name_of_data(run),
+        data_recipe=recipe_id(run.data_recipe),
         seed=run.seed,
         steps=steps,
         rows_per_step=rows,
@@ -191,6 +197,7 @@ def make_job(
         save_every=run.save_every or max(1, steps // 10),
         log_every=run.log_every or max(1, steps // 20),
         rows_per_micro_batch=run.device_batch_size or micro_batch_rows(run, rows, context.world),
+        skipped=(lambda: stream.stats().skipped) if isinstance(stream, Stream) else dict,
     )
     describe(job, context)
     return job
@@ -216,7 +223,31 @@ def describe(job: Job, context: Context) -> None:
     context.say(f"rates    {rates}; rising over {plan.warmup:.0%}, falling over {plan.decay:.0%} of the steps")
     for name, note in plan.notes.items():
         context.say(f"{name:8s} {note}")
+    if isinstance(job.stream, Stream):
+        context.say(f"data     {describe_stream(job.stream)}")
     context.say(trainable_table(job.model))
+
+
+def check_ranks_agree(stream: Stream, context: Context) -> None:
+    """Raises UserError unless all processes planned the same epochs: else they would train on other rows, unnoticed."""
+    mine = int(stream.plan.hash[:8], 16)
+    if context.sum(mine) != mine * context.world:
+        raise UserError(
+            f"the {context.world} processes do not see the same data (plan {stream.plan.hash[:8]} here).\n"
+            f"  likely   a disk from which one of them could not read a sample while its length was counted\n"
+            f"  try      the same command again; if it says so again, ghostvis-data check on every machine"
+        )
+
+
+def describe_stream(stream: Stream) -> str:
+    """How batches are made and brought to the model, and how many samples may be broken."""
+    samples = sum(len(dataset) for dataset in stream.datasets)
+    pictures = sum(dataset.manifest["images"] for dataset in stream.datasets)
+    eyes = (
+        f", {pictures:,} images, photographs decoded by {decoder()} in {stream.threads} thread(s)" if pictures else ""
+    )
+    there = f", copied ahead to {stream.device} through pinned memory" if stream.device else ""
+    return f"{samples:,} samples, {stream.steps_per_epoch:,} steps an epoch{eyes}{there}"
 
 
 def trainable_table(model: nn.Module) -> str:

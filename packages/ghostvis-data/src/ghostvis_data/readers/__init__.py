@@ -18,7 +18,8 @@ class PublishedSet:
 
     about: str
     licence: str
-    """As its publisher states it; read it before you train on it."""
+    """As its card or repository states it (read 2026-11-21); from memory where it says "unverified". Licences change,
+    and a copy on the hub may state another one than the publisher: read it before you train on it."""
     survey: Callable[[Path, SurveyOptions], Survey]
     hub: str | None = None
     """Repository of data sets on the Hugging Face hub; None where the files have to be fetched by hand."""
@@ -30,8 +31,8 @@ class PublishedSet:
     """Splits that these files hold; others are published elsewhere."""
 
 
-_COCO = "annotations CC BY 4.0; images under the terms of Flickr"
-_VQA = "questions and answers CC BY 4.0; images are COCO's"
+_COCO = "annotations CC BY 4.0, images under the terms of Flickr (unverified)"
+_VQA = "questions and answers CC BY 4.0, images are COCO's (unverified)"
 
 SETS: dict[str, PublishedSet] = {
     "coco_captions": PublishedSet(
@@ -42,25 +43,25 @@ SETS: dict[str, PublishedSet] = {
         ("data/validation-*.parquet",), "vqav2", ("val",),
     ),
     "textvqa": PublishedSet(
-        "questions about words in photographs", "CC BY 4.0", visual_questions.survey_textvqa, "lmms-lab/textvqa",
-        ("data/train-*.parquet", "data/validation-*.parquet"), "textvqa", ("train", "val"),
+        "questions about words in photographs", "CC BY 4.0 (unverified)", visual_questions.survey_textvqa,
+        "lmms-lab/textvqa", ("data/train-*.parquet", "data/validation-*.parquet"), "textvqa", ("train", "val"),
     ),
     "chartqa": PublishedSet(
         "questions about charts", "GPL-3.0", visual_questions.survey_chartqa, "HuggingFaceM4/ChartQA",
         ("data/*.parquet",), "chartqa", ("train", "val", "test"),
     ),
     "docvqa": PublishedSet(
-        "questions about scanned pages", "see the terms of docvqa.org", visual_questions.survey_docvqa,
+        "questions about scanned pages", "the terms of docvqa.org (unverified)", visual_questions.survey_docvqa,
         "lmms-lab/DocVQA", ("DocVQA/validation-*.parquet",), "docvqa", ("val",),
     ),
     "llava_instruct": PublishedSet(
         "conversations about photographs, written by a language model",
-        "Creative Commons as its card says, and OpenAI's terms; the 665K mixture has the licences of its parts",
+        "CC BY-NC 4.0, for research only, and OpenAI's terms; the 665K mixture has the licences of its parts, too",
         chats.survey_llava,
     ),
     "ai2d": PublishedSet(
-        "multiple choice about diagrams of school books", "CC BY-SA 4.0", choices.survey_ai2d, "lmms-lab/ai2d",
-        ("data/*.parquet",), "ai2d", ("test",),
+        "multiple choice about diagrams of school books", "CC BY-SA 4.0 (unverified)", choices.survey_ai2d,
+        "lmms-lab/ai2d", ("data/*.parquet",), "ai2d", ("test",),
     ),
     "scienceqa": PublishedSet(
         "multiple choice of school sciences, half with a picture", "CC BY-NC-SA 4.0 (on the hub: CC BY-SA 4.0)",

@@ -83,7 +83,14 @@ def survey_jsonl(source: Path, val_fraction: float, shard_bytes: int, exclude: f
         else:
             entries[line.id] = Entry((str(source), line.line, line.id, line.offset, line.size_bytes), total)
     if kind is None and not bad:
-        raise DataError(explain(f"{source} has no lines.", expected="one JSON object per line", likely="an empty file"))
+        raise DataError(
+            explain(
+                f"{source} has no lines.",
+                expected="one JSON object per line",
+                likely="an empty file",
+                next_step="ghostvis-data --help shows a line",
+            )
+        )
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     fingerprint.add(digest)
@@ -157,8 +164,12 @@ def read_line(raw: bytes, number: int, path: Path, offset: int = 0) -> Line | Ba
     try:
         record = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        likely = "a JSON list over several lines: write one object per line" if raw.strip() in (b"[", b"{") else ""
-        return bad(f"not JSON ({error})", "one JSON object per line, in UTF-8", likely or "an edit by hand, a cut line")
+        likely = "an edit by hand, a cut line"
+        if raw.strip() in (b"[", b"{"):
+            likely = "a JSON list over several lines: write one object per line"
+        elif isinstance(error, UnicodeDecodeError):
+            likely = "a file in another encoding: iconv -f latin1 -t utf-8 makes it UTF-8"
+        return bad(f"not JSON ({error})", "one JSON object per line, in UTF-8", likely)
     if rb"\ud" in raw.lower() and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
         return bad("half of a UTF-16 pair (\\ud800 to \\udfff alone)", "text that UTF-8 can hold", "a cut emoji")
     if not isinstance(record, dict):

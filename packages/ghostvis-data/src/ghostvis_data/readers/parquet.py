@@ -129,8 +129,29 @@ def by_key(rows: Iterator[tuple[int, Row]], key: str, most: int) -> Iterator[tup
         yield first, group
 
 
+class Cell:
+    """A picture in its row group, copied out only when somebody asks: of five rows about one picture, one does."""
+
+    def __init__(self, column: Any, row: int) -> None:
+        self._column, self._row = column, row
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and self._scalar().equals(other._scalar())
+
+    __hash__ = None
+
+    def value(self) -> Any:
+        """What Python has for it."""
+        return self._scalar().as_py()
+
+    def _scalar(self) -> Any:
+        return self._column[self._row]
+
+
 def picture_of(value: Any) -> bytes | None:
     """The encoded picture of a cell: bytes, or the struct of `bytes` and `path` that image features are stored as."""
+    if isinstance(value, Cell):
+        value = value.value()
     if isinstance(value, dict):
         value = value.get("bytes")
     return value or None
@@ -146,9 +167,22 @@ def texts_of(value: Any, field: str) -> list[str]:
 def _rows(groups: list[tuple[str, int, int]], columns: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
     for path, number, before in groups:
         table = open_parquet(Path(path)).read_row_group(number, columns=list(columns.values()))
-        read = [table.column(column).to_pylist() for column in columns.values()]
+        read = [_cells(table.column(column)) for column in columns.values()]
         for offset, cells in enumerate(zip(*read, strict=True), 1):
             yield before + offset, dict(zip(columns, cells, strict=True))
+
+
+def _cells(column: Any) -> Sequence[Any]:
+    """The values of a column as Python has them; pictures stay where they are."""
+    types = import_module("pyarrow").types
+    holds = column.type.field("bytes").type if _is_image_feature(column.type, types) else column.type
+    if types.is_binary(holds) or types.is_large_binary(holds):
+        return [Cell(column, row) for row in range(len(column))]
+    return column.to_pylist()
+
+
+def _is_image_feature(of: Any, types: Any) -> bool:
+    return types.is_struct(of) and of.get_field_index("bytes") >= 0
 
 
 def _size(group: Any, wanted: set[str]) -> int:
