@@ -1,115 +1,122 @@
 """Measure ghostvis-bpe beside its peers, in the same process and on the same texts.
 
-    python rust/bpe/benchmarks/bench.py                                # everything, own vocabulary
-    python rust/bpe/benchmarks/bench.py --ranks cl100k_base.tiktoken --pattern cl100k --what encode,long,decode
-    python rust/bpe/benchmarks/bench.py --folders src docs --megabytes 200 --what train,memory
+    python rust/bpe/benchmarks/corpus.py c20.txt && python rust/bpe/benchmarks/corpus.py c200.txt --megabytes 200
+    python rust/bpe/benchmarks/bench.py identity,train,repeated,lines,batch,decode,load --corpus c20.txt
+    python rust/bpe/benchmarks/bench.py train,threads,memory,first --corpus c200.txt --vocab-size 65536
+    python rust/bpe/benchmarks/bench.py first,long --corpus c200.txt --ranks cl100k_base.tiktoken --pattern cl100k
 
-Needs tiktoken and rustbpe; a peer that is not installed is an error, so that no table lacks a column in silence.
-The corpus is the text files of the folders (default: Python's library and site-packages, and the system's shared
-documentation and manuals), each file once, in an order that its hash gives, up to the size asked for.
-Times are CPU seconds of this process, median of `--runs`; peers alternate. Ratios are peer's time by ours.
+Parts: identity (counts of differences), train (one thread), threads (training with two, wall time), memory (growth
+while training), first and repeated (encoding a corpus once, and again), lines (short strings), batch (two threads,
+wall time), long (what makes tokenizers slow), decode, load, cache (memory), wheel.
+
+Without --ranks a vocabulary is trained on the corpus. Times are CPU seconds of this process where nothing else is
+said, the median of --runs, ours and the peers in turn. Ratios are the peer's time by ours. Needs numpy and the peers
+of --peers that can do the part: rustbpe, tokenizers, gigatoken (training, GPT-2's pattern alone), tiktoken, gigatoken,
+fastokens, tokenizers (encoding). One that is not installed is an error, so that no table lacks a row in silence.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import gzip
-import hashlib
-import importlib
 import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
-import sysconfig
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from math import log10
 from pathlib import Path
 from typing import Any
 
-import tiktoken
+import corpus
+import peers
 
 import ghostvis_bpe
 
-rustbpe: Any = importlib.import_module("rustbpe")  # it has no stubs
+SENTENCE = "The tokenizer of antidisestablishmentarianism: zxqjv, 12345 straßenbahnähnlich.\n"
+CL100K_SIZE = 100_256
 
-SUFFIXES = {".py", ".pyi", ".rst", ".md", ".txt", ".c", ".h", ".rs", ".js", ".json", ".html", ".gz", ".po", ".mo", ""}
-LARGEST = 262_144
-WHAT = ("train", "memory", "encode", "lines", "batch", "long", "decode", "load")
+
+class Bench:
+    """The options, the texts, and the vocabulary when a part first asks for it."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.runs: int = options.runs
+        self.pattern: str = options.pattern
+        self.vocab_size: int = options.vocab_size
+        self.peers: list[str] = options.peers.split(",")
+        self.ranks_file: Path | None = options.ranks
+        self.hf_file: Path | None = options.hf
+        self.wheel_file: Path | None = options.wheel
+        self.folder = folder
+        self.path: Path = options.corpus
+        self.texts = corpus.load(self.path)
+        self.size = megabytes(self.texts)
+        self._encoding: ghostvis_bpe.Encoding | None = None
+
+    @property
+    def encoding(self) -> ghostvis_bpe.Encoding:
+        if self._encoding is None:
+            self._encoding = self.load_ranks() or peers.train_ours(self.texts, self.vocab_size, self.pattern, 2)
+        return self._encoding
+
+    def load_ranks(self) -> ghostvis_bpe.Encoding | None:
+        return ghostvis_bpe.from_tiktoken(self.ranks_file, self.pattern) if self.ranks_file else None
+
+    def fresh(self) -> ghostvis_bpe.Encoding:
+        """The same vocabulary without warm caches."""
+        return ghostvis_bpe.Encoding(self.encoding.ranks, self.pattern)
+
+    def trainers(self) -> list[str]:
+        return [name for name in self.peers if name in peers.TRAINERS]
+
+    def encoders(self) -> list[str]:
+        return [name for name in self.peers if name in peers.ENCODERS]
+
+    def encoder(self, name: str) -> tuple[Callable[[str], Any], Callable[[str], Any] | None]:
+        """What encodes to a list and to an array."""
+        return peers.ENCODERS[name](peers.Files(self.encoding, self.pattern, self.folder))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folders", nargs="+", type=Path, default=default_folders(), help="where texts are looked for")
-    parser.add_argument("--megabytes", type=float, default=20, help="size of the corpus")
+    parser.add_argument("parts", help="some of " + ",".join(PARTS))
+    parser.add_argument("--corpus", type=Path, required=True, help="a file written by corpus.py")
     parser.add_argument("--vocab-size", type=int, default=50_304)
     parser.add_argument("--ranks", type=Path, help="a tiktoken rank file; without it a vocabulary is trained")
+    parser.add_argument("--hf", type=Path, help="a tokenizer.json; identity compares it with its library")
+    parser.add_argument("--wheel", type=Path, help="our wheel, for its size")
     parser.add_argument("--pattern", default="ghostvis", choices=sorted(ghostvis_bpe.PATTERNS))
-    parser.add_argument("--what", default=",".join(WHAT), help="some of " + ",".join(WHAT))
+    parser.add_argument("--peers", default="rustbpe,tiktoken", help="some of rustbpe,tokenizers,gigatoken,...")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    chosen = options.what.split(",")
-    if unknown := set(chosen) - set(WHAT):
-        parser.error(f"--what: {sorted(unknown)} not among {WHAT}")
-    texts = corpus(options.folders, int(options.megabytes * 1e6))
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    names = ("ghostvis-bpe", "tiktoken", "rustbpe")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {versions}")
-    print(f"corpus: {size:.1f} MB, {len(texts)} texts, sha256 {digest}; median of {options.runs}, CPU time\n")
-    print("| what | ours | peer | ratio |\n|---|---:|---:|---:|")
-    if "train" in chosen:
-        train(texts, size, options)
-    if "memory" in chosen:
-        memory(options)
-    if {*chosen} & {"encode", "lines", "batch", "long", "decode", "load"}:
-        encodings = Pair(texts, options)
-        for name in ("encode", "lines", "batch", "long", "decode", "load"):
-            if name in chosen:
-                globals()[name](encodings, texts, size, options)
+    chosen = options.parts.split(",")
+    if unknown := {*chosen} - {*PARTS}:
+        parser.error(f"{sorted(unknown)} not among {[*PARTS]}")
+    if unknown := {*options.peers.split(",")} - {*peers.TRAINERS, *peers.ENCODERS}:
+        parser.error(f"--peers {sorted(unknown)} not among {sorted({*peers.TRAINERS, *peers.ENCODERS})}")
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of the peers; ours is told by its arguments
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder))
+        names = ["ghostvis-bpe", *options.peers.split(",")]
+        print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; ", end="")
+        print(", ".join(f"{name} {version(name)}" for name in names))
+        print(f"{corpus.describe(bench.texts)}; pattern {bench.pattern}; median of {bench.runs}\n")
+        print("| what | ours | peer | ratio |\n|---|---:|---:|---:|", flush=True)
+        for name in chosen:
+            PARTS[name](bench)
 
 
-def default_folders() -> list[Path]:
-    data = Path("/usr/share")
-    paths = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
-    return [*paths, data / "doc", data / "man", data / "locale"]
+def megabytes(texts: Sequence[str]) -> float:
+    return sum(len(text.encode()) for text in texts) / 1e6
 
 
-def corpus(folders: list[Path], wanted: int) -> list[str]:
-    """Distinct texts of 200 bytes and more, `wanted` bytes together or as many as there are."""
-    found: dict[bytes, str] = {}
-    total = 0
-    paths = {path for folder in folders for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
-    for path in sorted(paths, key=lambda path: hashlib.sha256(str(path.name).encode()).digest()):
-        text = read(path)
-        key = hashlib.sha256(text.encode()).digest()
-        if len(text) < 200 or key in found:
-            continue
-        found[key] = text
-        total += len(text.encode())
-        if total >= wanted:
-            break
-    if not found:
-        raise SystemExit(f"no texts in {[str(folder) for folder in folders]}; give others with --folders")
-    return list(found.values())
-
-
-def read(path: Path) -> str:
-    """The text of a file, the messages of a catalogue, or "" for what is neither."""
-    raw = path.read_bytes()[: LARGEST * 4]
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            raw = file.read(LARGEST)
-    if path.suffix == ".mo":  # a gettext catalogue: strings with zero bytes between them after a header of numbers
-        raw = b"\n".join(part for part in raw.split(b"\0") if len(part) > 8)
-    elif b"\0" in raw:
-        return ""
-    return raw[:LARGEST].decode("utf-8", errors="ignore")
+def row(what: str, ours: str, peer: str = "", ratio: str = "") -> None:
+    print(f"| {what} | {ours} | {peer} | {ratio} |", flush=True)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -119,183 +126,312 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare(
-    what: str, unit: str, amount: float, runs: int, ours: Callable[[], object], peer: Callable[[], object]
+    what: str,
+    amount: float | None,
+    runs: int,
+    ours: Callable[[], object],
+    others: Mapping[str, Callable[[], object]],
+    prepare: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """One row: `amount` by time where there is a unit of speed, else the time."""
-    times = [(seconds(ours), seconds(peer)) for _ in range(runs)]
-    own, other = (statistics.median(side) for side in zip(*times, strict=True))
-    figures = (f"{amount / own:.0f}", f"{amount / other:.1f}") if unit == "MB/s" else (f"{own:.3f}", f"{other:.3f}")
-    print(f"| {what} ({unit}) | {figures[0]} | {figures[1]} | {other / own:.1f} |", flush=True)
+    """A row for each peer: speeds where there is an `amount` in MB, else times.
+
+    `prepare` is called before each run, outside its time, with the name of who runs: "" is ours.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ("", *others)}
+    for _ in range(runs):
+        for name, work in {"": ours, **others}.items():
+            prepare(name)
+            times[name].append(seconds(work))
+    medians = {name: statistics.median(side) for name, side in times.items()}
+
+    def figure(time_s: float) -> str:
+        if amount is None:
+            return f"{time_s * 1e3:.1f} ms" if time_s < 0.1 else f"{time_s:.2f} s"
+        return f"{amount / time_s:.1f} MB/s"
+
+    for name in others:
+        row(f"{what}, vs {name}", figure(medians[""]), figure(medians[name]), f"{medians[name] / medians['']:.2f}")
 
 
-def train(texts: list[str], size: float, options: argparse.Namespace) -> None:
-    pattern = ghostvis_bpe.PATTERNS[options.pattern]
-    peer = rustbpe.Tokenizer()
-    peer.train_from_iterator(iter(texts), options.vocab_size, pattern=pattern)
-    ours = ghostvis_bpe.train(texts, options.vocab_size, options.pattern, threads=1)
-    same = {bytes(token): rank for token, rank in peer.get_mergeable_ranks()} == ours.ranks
-    compare(
-        f"train {size:.0f} MB to {options.vocab_size}, one thread, vs rustbpe, same ranks: {same}",
-        "s",
-        size,
-        options.runs,
-        lambda: ghostvis_bpe.train(iter(texts), options.vocab_size, options.pattern, threads=1),
-        lambda: rustbpe.Tokenizer().train_from_iterator(iter(texts), options.vocab_size, pattern=pattern),
+def identity(bench: Bench) -> None:
+    """Differences, which should all be 0."""
+    texts = [*bench.texts, *corpus.odd_texts(), *(text for _, text in corpus.long_cases(20_000))]
+    for name in bench.trainers():
+        tie_break = "hf" if name == "tokenizers" else "bytes"
+        ours = peers.train_ours(bench.texts, bench.vocab_size, bench.pattern, 1, tie_break)
+        learned = [token for token, _ in sorted(ours.ranks.items(), key=lambda entry: entry[1])][256:]
+        theirs = peers.TRAINERS[name](bench.texts, bench.path, bench.vocab_size, bench.pattern)()
+        different = sum(a != b for a, b in zip(learned, theirs, strict=False)) + abs(len(learned) - len(theirs))
+        row(f"learned tokens other than {name}'s, of {len(learned)}", str(different))
+    for name in bench.encoders():
+        encode, _ = bench.encoder(name)
+        different = sum(bench.encoding.encode_ordinary(text) != list(encode(text)) for text in texts)
+        row(f"texts with other ids than {name}'s, of {len(texts)}", str(different))
+    if bench.hf_file:
+        from tokenizers import Tokenizer
+
+        ours, theirs = ghostvis_bpe.from_hf(bench.hf_file), Tokenizer.from_file(str(bench.hf_file))
+        theirs.encode_special_tokens = True
+        different = sum(
+            ours.encode_ordinary(text) != theirs.encode(text, add_special_tokens=False).ids for text in texts
+        )
+        row(f"texts with other ids than tokenizers with {bench.hf_file.name}, of {len(texts)}", str(different))
+    saved = bench.folder / "again.json"
+    ghostvis_bpe.Encoding(bench.encoding.ranks, bench.pattern).save_tiktoken(saved)
+    again = ghostvis_bpe.from_tiktoken(saved, bench.pattern)
+    row(
+        "tokens that differ after saving ranks and loading them",
+        str(len(again.ranks.items() ^ bench.encoding.ranks.items())),
     )
+    wrong = sum(bench.encoding.decode(bench.encoding.encode_ordinary(text)) != text for text in texts)
+    row(f"texts that decode to another, of {len(texts)}", str(wrong))
 
 
-PEAK = """
-import sys
-from pathlib import Path
+def train(bench: Bench) -> None:
+    work: dict[str, Callable[[], object]] = {
+        name: lambda name=name: peers.TRAINERS[name](bench.texts, bench.path, bench.vocab_size, bench.pattern)
+        for name in bench.trainers()
+    }
+    ours = lambda: peers.train_ours(bench.texts, bench.vocab_size, bench.pattern, 1)  # noqa: E731
+    compare(f"train {bench.size:.0f} MB to {bench.vocab_size}, one thread", None, bench.runs, ours, work)
+
+
+CHILD = """
+import os, sys, time
 sys.path.insert(0, {folder!r})
-import bench
-texts = bench.corpus([Path(p) for p in {folders!r}], {wanted})
+from pathlib import Path
+import corpus, peers
+path = Path({path!r})
+texts = corpus.load(path)
 def kilobytes(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-before = kilobytes("VmRSS")
-{work}
-print((kilobytes("VmHWM") - before) / 1024)
+before, start = kilobytes("VmRSS"), time.perf_counter()
+if {trainer!r}:
+    peers.TRAINERS[{trainer!r}](texts, path, {vocab_size}, {pattern!r})
+else:
+    peers.train_ours(texts, {vocab_size}, {pattern!r}, {threads})
+print(time.perf_counter() - start, (kilobytes("VmHWM") - before) / 1024)
 """
 
 
-def memory(options: argparse.Namespace) -> None:
-    pattern = ghostvis_bpe.PATTERNS[options.pattern]
-    works = [
-        f"bench.ghostvis_bpe.train(iter(texts), {options.vocab_size}, {options.pattern!r}, threads=1)",
-        f"bench.rustbpe.Tokenizer().train_from_iterator(iter(texts), {options.vocab_size}, pattern={pattern!r})",
-    ]
-    peaks = []
-    for work in works:
-        code = PEAK.format(
-            folder=str(Path(__file__).parent),
-            folders=[str(folder) for folder in options.folders],
-            wanted=int(options.megabytes * 1e6),
-            work=work,
-        )
-        env = {**os.environ, "RAYON_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-        peaks.append(float(done.stdout))
-    print(
-        f"| peak memory beyond the texts, training (MB) | {peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[1] / peaks[0]:.1f} |"
+def in_child(bench: Bench, trainer: str, threads: int) -> tuple[float, float]:
+    """Wall seconds and megabytes of growth of a training in a process of its own; "" is ours."""
+    code = CHILD.format(
+        folder=str(Path(__file__).parent),
+        path=str(bench.path),
+        trainer=trainer,
+        vocab_size=bench.vocab_size,
+        pattern=bench.pattern,
+        threads=threads,
     )
+    env = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=env)
+    wall, grown = done.stdout.split()
+    return float(wall), float(grown)
 
 
-class Pair:
-    """The same vocabulary as ours and as tiktoken's."""
+def threads(bench: Bench) -> None:
+    times: dict[str, list[float]] = {name: [] for name in ("", *bench.trainers())}
+    for _ in range(bench.runs):
+        for name, side in times.items():
+            side.append(in_child(bench, name, 2)[0])
+    own = statistics.median(times.pop(""))
+    for name, side in times.items():
+        other = statistics.median(side)
+        what = f"train {bench.size:.0f} MB to {bench.vocab_size}, two threads, wall, vs {name}"
+        row(what, f"{own:.2f} s", f"{other:.2f} s", f"{other / own:.2f}")
 
-    def __init__(self, texts: list[str], options: argparse.Namespace) -> None:
-        if options.ranks is None:
-            self.ranks = ghostvis_bpe.train(iter(texts), options.vocab_size, options.pattern).ranks
+
+def memory(bench: Bench) -> None:
+    own = in_child(bench, "", 1)[1]
+    for name in bench.trainers():
+        other = in_child(bench, name, 1)[1]
+        what = f"growth of memory, training on {bench.size:.0f} MB from an iterator, one thread, vs {name}"
+        row(what, f"{own:.0f} MB", f"{other:.0f} MB", f"{own / other:.2f} of it")
+
+
+def first(bench: Bench) -> None:
+    """Every run has new encodings, ours and the peers', so that caches and tables are cold."""
+    encode_corpus(bench, "first pass", fresh=True)
+
+
+def repeated(bench: Bench) -> None:
+    encode_corpus(bench, "repeated", fresh=False)
+
+
+def encode_corpus(bench: Bench, what: str, fresh: bool) -> None:
+    texts = bench.texts
+    current: dict[str, tuple[Callable[[str], Any], Callable[[str], Any] | None]] = {}
+
+    def prepare(name: str) -> None:
+        if name in current and not fresh:
+            return
+        if name:
+            current[name] = bench.encoder(name)
         else:
-            lines = options.ranks.read_bytes().splitlines()
-            self.ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-        self.pattern = options.pattern
-        self.ours = self.fresh()
-        self.peer = self.fresh_peer()
-        different = sum(self.ours.encode_ordinary(text) != self.peer.encode_ordinary(text) for text in texts)
-        print(f"| texts with other ids than tiktoken's | {different} | of {len(texts)} | |")
+            own = bench.fresh()
+            current[name] = own.encode_ordinary, own.encode_to_numpy
+        if not fresh:
+            for text in texts:
+                current[name][0](text)
 
-    def fresh(self) -> ghostvis_bpe.Encoding:
-        return ghostvis_bpe.Encoding(self.ranks, self.pattern)
+    def work(name: str, kind: int) -> Callable[[], object]:
+        def encode() -> None:
+            call = current[name][kind]
+            assert call is not None
+            for text in texts:
+                len(call(text))
 
-    def fresh_peer(self) -> Any:
-        pattern = ghostvis_bpe.PATTERNS[self.pattern]
-        return tiktoken.Encoding("peer", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
+        return encode
 
-
-def encode(pair: Pair, texts: list[str], size: float, options: argparse.Namespace) -> None:
-    peer = pair.peer
-    numpy_peer = lambda: [len(peer.encode_to_numpy(text, disallowed_special=())) for text in texts]  # noqa: E731
-    list_peer = lambda: [len(peer.encode_ordinary(text)) for text in texts]  # noqa: E731
-    first = [pair.fresh() for _ in range(2 * options.runs)]
-    for name, peer_work, call in (
-        ("numpy", numpy_peer, ghostvis_bpe.Encoding.encode_to_numpy),
-        ("list", list_peer, ghostvis_bpe.Encoding.encode_ordinary),
-    ):
-        once = iter(first[: options.runs] if name == "numpy" else first[options.runs :])
-        ours_first = lambda call=call, once=once: [len(call(e, text)) for e in [next(once)] for text in texts]  # noqa: E731
-        ours_again = lambda call=call: [len(call(pair.ours, text)) for text in texts]  # noqa: E731
-        compare(f"encode to {name}, first pass", "MB/s", size, options.runs, ours_first, peer_work)
-        compare(f"encode to {name}, repeated", "MB/s", size, options.runs, ours_again, peer_work)
+    for name in bench.encoders():
+        prepare(name)
+    arrays = {name: work(name, 1) for name in bench.encoders() if current[name][1]}
+    lists = {name: work(name, 0) for name in bench.encoders()}
+    size = f"{bench.size:.0f} MB"
+    compare(f"encode {size} to numpy, {what}", bench.size, bench.runs, work("", 1), arrays, prepare)
+    compare(f"encode {size} to lists, {what}", bench.size, bench.runs, work("", 0), lists, prepare)
 
 
-def lines(pair: Pair, texts: list[str], size: float, options: argparse.Namespace) -> None:
-    short = [line for text in texts[:1200] for line in text.split("\n") if line][:100_000]
+def lines(bench: Bench) -> None:
+    short = [line for text in bench.texts for line in text.split("\n") if 8 <= len(line) <= 130]
+    short = random.Random(1).sample(short, min(100_000, len(short)))
     mean = sum(len(line.encode()) for line in short) / len(short)
-    compare(
-        f"encode {len(short)} strings of {mean:.0f} bytes",
-        "s",
-        size,
-        options.runs,
-        lambda: [pair.ours.encode_ordinary(line) for line in short],
-        lambda: [pair.peer.encode_ordinary(line) for line in short],
-    )
+    encode = bench.encoding.encode_ordinary
+    others = {name: bench.encoder(name)[0] for name in bench.encoders()}
+    work = {name: lambda call=call: [len(call(line)) for line in short] for name, call in others.items()}
+    what = f"encode {len(short)} strings of {mean:.0f} bytes on average"
+    compare(what, megabytes(short), bench.runs, lambda: [len(encode(line)) for line in short], work)
 
 
-def batch(pair: Pair, texts: list[str], size: float, options: argparse.Namespace) -> None:
+def batch(bench: Bench) -> None:
     """Wall time of our own batch call, one thread and two."""
 
     def wall(threads: int) -> float:
         start = time.perf_counter()
-        pair.ours.encode_batch_to_numpy(texts, threads=threads)
+        bench.encoding.encode_batch_to_numpy(bench.texts, threads=threads)
         return time.perf_counter() - start
 
-    times = [(wall(1), wall(2)) for _ in range(options.runs)]
+    for threads in (1, 2):
+        wall(threads)
+    times = [(wall(1), wall(2)) for _ in range(bench.runs)]
     one, two = (statistics.median(side) for side in zip(*times, strict=True))
-    print(f"| batch, 2 threads vs our 1 thread, wall (MB/s) | {size / two:.0f} | {size / one:.0f} | {one / two:.2f} |")
+    what = f"batch of {bench.size:.0f} MB to numpy, 2 threads vs our 1 thread, wall"
+    row(what, f"{bench.size / two:.0f} MB/s", f"{bench.size / one:.0f} MB/s", f"{one / two:.2f}")
 
 
-def long_cases(length: int) -> Iterator[tuple[str, str]]:
-    seeded = random.Random(1234)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    yield "a", "a" * length
-    yield "ab", "ab" * (length // 2)
-    yield "blanks", " " * length
-    yield "newlines", "\n" * length
-    yield "!", "!" * length
-    yield "digits", "7" * length
-    yield "random letters", "".join(seeded.choices(letters, k=length))
-    yield "base64", base64.b64encode(seeded.randbytes(length)).decode()[:length]
-    yield "random hanzi", "".join(chr(seeded.randrange(0x4E00, 0x9FA5)) for _ in range(length))
-    yield "random bytes", seeded.randbytes(length).decode("utf-8", "replace")
-
-
-def long(pair: Pair, texts: list[str], size: float, options: argparse.Namespace) -> None:
-    """900,000 characters of one kind: a million blanks overflow the peer's stack; exponent from 90,000 on."""
-    small = dict(long_cases(90_000))
-    for name, text in long_cases(900_000):
-        megabytes = len(text.encode()) / 1e6
-        own, tenth = [], []
-        for _ in range(options.runs):
+def long(bench: Bench) -> None:
+    """A million characters of a kind (fewer blanks: a million overflow the peer's stack); exponent from a tenth on."""
+    encode, _ = peers.ENCODERS["tiktoken"](peers.Files(bench.encoding, bench.pattern, bench.folder))
+    length = 1_000_000
+    small = dict(corpus.long_cases(length // 10))
+    letters = dict(corpus.long_cases(200))["random letters"]
+    for name, text in corpus.long_cases(length):
+        if name == "blanks":
+            text = text[: length - 1000]
+        own, tenth, other = [], [], []
+        for _ in range(bench.runs):
             for times, case in ((own, text), (tenth, small[name])):
-                fresh = pair.fresh()
-                fresh.encode_to_numpy("q" * 100)  # builds the tables for long pieces
+                fresh = bench.fresh()
+                fresh.encode_to_numpy(letters)  # makes the tables for long pieces, 60 ms for cl100k's
                 times.append(seconds(lambda fresh=fresh, case=case: fresh.encode_to_numpy(case)))
-        other = seconds(lambda text=text: pair.peer.encode_ordinary(text))
-        exponent = log10(statistics.median(own) / statistics.median(tenth))
-        ours = statistics.median(own)
-        row = f"{megabytes / ours:.0f} | {megabytes / other:.1f} | {other / ours:.1f}"
-        print(f"| 900,000 of {name}, exponent {exponent:.2f} (MB/s) | {row} |", flush=True)
+            other.append(seconds(lambda text=text: encode(text)))
+        ours, peer = statistics.median(own), statistics.median(other)
+        size, exponent = megabytes([text]), log10(ours / statistics.median(tenth))
+        what = f"{len(text):,} of {name}, exponent {exponent:.2f}, vs tiktoken"
+        row(what, f"{size / ours:.0f} MB/s", f"{size / peer:.1f} MB/s", f"{peer / ours:.1f}")
+    for name, letter in (("a", "a"), ("blanks", " "), ("newlines", "\n")):
+        text = letter * 100_000_000
+        row(f"100,000,000 of {name}", f"{100 / seconds(lambda text=text: bench.encoding.count(text)):.0f} MB/s")
 
 
-def decode(pair: Pair, texts: list[str], size: float, options: argparse.Namespace) -> None:
-    ids = [pair.ours.encode_ordinary(text) for text in texts]
-    arrays = [pair.ours.encode_to_numpy(text) for text in texts]
-    peer = lambda: [pair.peer.decode_bytes(one) for one in ids]  # noqa: E731
-    compare("decode lists", "MB/s", size, options.runs, lambda: [pair.ours.decode_bytes(one) for one in ids], peer)
-    compare("decode numpy", "MB/s", size, options.runs, lambda: [pair.ours.decode_bytes(one) for one in arrays], peer)
+def decode(bench: Bench) -> None:
+    encoding = bench.encoding
+    arrays = [encoding.encode_to_numpy(text) for text in bench.texts]
+    ids = [array.tolist() for array in arrays]
+    peer = peers.tiktoken_encoding(encoding.ranks, bench.pattern)
+    work = {"tiktoken": lambda: [peer.decode_bytes(one) for one in ids]}
+    for name, form in (("lists", ids), ("numpy (the peer's from lists)", arrays)):
+        ours = lambda form=form: [encoding.decode_bytes(one) for one in form]  # noqa: E731
+        compare(f"decode bytes from {name}", bench.size, bench.runs, ours, work)
+    ours, work = (lambda call=call: [call(one) for one in ids] for call in (encoding.decode, peer.decode))
+    compare("decode text from lists", bench.size, bench.runs, ours, {"tiktoken": work})
 
 
-def load(pair: Pair, texts: list[str], size: float, options: argparse.Namespace) -> None:
+def load(bench: Bench) -> None:
+    """From a file or dict of ranks to the ids of a first sentence; without --ranks a vocabulary of cl100k's size."""
+    encoding = bench.load_ranks() or peers.train_ours(bench.texts, CL100K_SIZE, bench.pattern, 2)
+    files = peers.Files(encoding, bench.pattern, bench.folder)
+    file, ranks = files.rank_file(), files.ranks
+    read = __import__("tiktoken.load").load.load_tiktoken_bpe
     compare(
-        "load the ranks and encode a string",
-        "s",
-        size,
-        options.runs,
-        lambda: pair.fresh().encode_ordinary("hello world"),
-        lambda: pair.fresh_peer().encode_ordinary("hello world"),
+        f"load a file of {len(ranks)} ranks and encode a sentence",
+        None,
+        bench.runs,
+        lambda: ghostvis_bpe.from_tiktoken(file, bench.pattern).encode_ordinary(SENTENCE),
+        {"tiktoken": lambda: peers.tiktoken_encoding(read(str(file)), bench.pattern).encode_ordinary(SENTENCE)},
     )
+    compare(
+        f"load a dict of {len(ranks)} ranks and encode a sentence",
+        None,
+        bench.runs,
+        lambda: ghostvis_bpe.Encoding(ranks, bench.pattern).encode_ordinary(SENTENCE),
+        {"tiktoken": lambda: peers.tiktoken_encoding(ranks, bench.pattern).encode_ordinary(SENTENCE)},
+    )
+
+
+CACHE = """
+import random, sys
+sys.path.insert(0, {folder!r})
+from pathlib import Path
+import corpus, ghostvis_bpe
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+seeded = random.Random(3)
+words = [" ".join(seeded.randbytes(9).hex() for _ in range(1000)) for _ in range(1000)]
+texts = [*corpus.load(Path({path!r})), *words, *(text for _, text in corpus.long_cases(300_000))]
+with_tables = ghostvis_bpe.from_tiktoken({ranks!r}, {pattern!r})
+without = with_tables.with_special_tokens(["<|other|>"])  # it shares the tables of the vocabulary, not the caches
+for encoding in (with_tables, without):
+    before = resident()
+    for text in texts:
+        encoding.count(text)
+    print(resident() - before)
+"""
+
+
+def cache(bench: Bench) -> None:
+    """What encoding the corpus, a million random words and long ones leaves behind, in a process of its own (Linux)."""
+    ranks = peers.Files(bench.encoding, bench.pattern, bench.folder).rank_file()
+    paths = {"path": str(bench.path), "ranks": str(ranks), "folder": str(Path(__file__).parent)}
+    code = CACHE.format(pattern=bench.pattern, **paths)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    for what, grown in zip(("caches, buffers and tables", "caches and buffers"), done.stdout.split(), strict=True):
+        row(f"memory of one thread's {what} after the corpus and odd texts", f"{float(grown):.0f} MB")
+
+
+def wheel(bench: Bench) -> None:
+    if bench.wheel_file is None:
+        raise SystemExit("wheel: give its path with --wheel")
+    row("wheel", f"{bench.wheel_file.stat().st_size / 1e6:.2f} MB")
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "identity": identity,
+    "train": train,
+    "threads": threads,
+    "memory": memory,
+    "first": first,
+    "repeated": repeated,
+    "lines": lines,
+    "batch": batch,
+    "long": long,
+    "decode": decode,
+    "load": load,
+    "cache": cache,
+    "wheel": wheel,
+}
 
 
 if __name__ == "__main__":

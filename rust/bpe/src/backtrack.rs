@@ -29,6 +29,26 @@ pub struct Prefixes {
     lengths: Vec<u32>,
 }
 
+/// An answer of `Prefixes::fitting`.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    before: u32,
+    token: u32,
+    fits: u32,
+}
+
+/// 1,024 answers are remembered. A vocabulary with many tokens of one byte repeated tries seventy for each border of
+/// such a text, and the same ones each time.
+const KNOWN_SHIFT: u32 = u64::BITS - 10;
+
+/// What `Prefixes::encode` writes on, lent to it for the memory and for the answers, which are those of one vocabulary.
+#[derive(Debug, Default)]
+pub struct Steps {
+    /// One bit per border.
+    failed: Vec<u64>,
+    known: Vec<Known>,
+}
+
 impl Prefixes {
     /// `None` where a token is not made of two earlier ones: then neighbours do not tell what merging does.
     pub fn new(vocab: &Vocab) -> Option<Self> {
@@ -129,28 +149,50 @@ impl Prefixes {
         }
     }
 
-    /// Appends the ids of `piece`. `failed` is lent for its memory.
-    pub fn encode(&self, vocab: &Vocab, piece: &[u8], failed: &mut Vec<u64>, out: &mut Vec<u32>) {
+    /// The longest of `token` and the tokens it begins with that goes together with `before`, or `NONE`.
+    #[inline]
+    fn fitting(&self, vocab: &Vocab, before: u32, token: u32, known: &mut [Known]) -> u32 {
+        if before == NONE {
+            return token;
+        }
+        let place = (u64::from(before) << 32 | u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> KNOWN_SHIFT;
+        let entry = &mut known[place as usize];
+        if (entry.before, entry.token) != (before, token) {
+            let mut fits = token;
+            while fits != NONE && !self.go_together(vocab, before, fits) {
+                fits = self.shorter[fits as usize];
+            }
+            *entry = Known { before, token, fits };
+        }
+        entry.fits
+    }
+
+    /// Appends the ids of `piece`.
+    pub fn encode(&self, vocab: &Vocab, piece: &[u8], steps: &mut Steps, out: &mut Vec<u32>) {
+        let Steps { failed, known } = steps;
         failed.clear();
         failed.resize(piece.len() / 64 + 1, 0);
+        known.resize(1 << (u64::BITS - KNOWN_SHIFT), Known { before: NONE, token: NONE, fits: NONE });
         let base = out.len();
         let mut at = 0;
         let mut token = self.longest(piece);
         loop {
-            let end = at + self.lengths[token as usize] as usize;
             let before = if out.len() > base { out[out.len() - 1] } else { NONE };
-            let fits =
-                failed[end / 64] >> (end % 64) & 1 == 0 && (before == NONE || self.go_together(vocab, before, token));
-            if fits {
-                out.push(token);
-                at = end;
-                if at == piece.len() {
-                    return;
+            token = self.fitting(vocab, before, token, known);
+            if token != NONE {
+                let end = at + self.lengths[token as usize] as usize;
+                if failed[end / 64] >> (end % 64) & 1 == 1 {
+                    token = self.shorter[token as usize];
+                } else {
+                    out.push(token);
+                    at = end;
+                    if at == piece.len() {
+                        return;
+                    }
+                    token = self.longest(&piece[at..]);
+                    continue;
                 }
-                token = self.longest(&piece[at..]);
-                continue;
             }
-            token = self.shorter[token as usize];
             while token == NONE {
                 // No token goes on from here: this border is wrong, so the token before it was.
                 failed[at / 64] |= 1 << (at % 64);
@@ -210,7 +252,7 @@ mod tests {
         fn left_to_right_gives_what_merging_gives(piece in prop_oneof!["[abc]{1,12}", "[abc]{1,300}", "a{1,300}", "[ab]{1,200}"]) {
             let vocab = vocab();
             let (mut fast, mut slow) = (Vec::new(), Vec::new());
-            Prefixes::new(&vocab).unwrap().encode(&vocab, piece.as_bytes(), &mut Vec::new(), &mut fast);
+            Prefixes::new(&vocab).unwrap().encode(&vocab, piece.as_bytes(), &mut Steps::default(), &mut fast);
             Scratch::default().merge(&vocab, piece.as_bytes(), &mut slow);
             prop_assert_eq!(fast, slow);
         }

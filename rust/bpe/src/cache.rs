@@ -4,6 +4,7 @@
 
 use crate::chunk::{Item, Key};
 use crate::count::hash_bytes;
+use crate::memory::ask_for_huge_pages;
 
 /// 2^18 lines of 64 bytes: 16 MB, or half a million pieces. 20 MB of mixed text has 300,000.
 const LINES: usize = 1 << 18;
@@ -15,30 +16,43 @@ const LONG_BYTES: usize = 4 << 20;
 const LONG_IDS: usize = 1 << 20;
 
 const ID_BITS: u32 = 24; // MAX_VOCAB_SIZE is 1 << 24
-const ID_MASK: u128 = (1 << ID_BITS) - 1;
-/// The most ids that fit beside a short key.
-pub const INLINE: usize = 5;
+const ID_MASK: u32 = (1 << ID_BITS) - 1;
+/// The most ids that fit beside a short key; 98 of 100 pieces have no more.
+pub const INLINE: usize = 4;
+/// In the second word of a value that was asked for again since it came.
+const USED: u32 = 1 << ID_BITS;
 
-/// What a short piece becomes: five ids of 24 bits, and how many there are in the last byte. None: they are kept with
-/// those of long pieces.
+/// A key, or a value: sixteen bytes as four words.
+type Words = [u32; 4];
+
+#[inline(always)]
+fn words(key: Key) -> Words {
+    // SAFETY: both are 16 bytes of plain numbers.
+    unsafe { std::mem::transmute::<u128, Words>(key.to_le()) }
+}
+
+/// What a short piece becomes: four ids of 24 bits, and how many there are in the first word's last byte. None: they are
+/// kept with those of long pieces.
 #[derive(Debug, Clone, Copy)]
-pub struct Packed(u128);
+pub struct Packed(Words);
 
 impl Packed {
     pub fn new(ids: &[u32]) -> Self {
-        let packed = ids.iter().rev().fold(0u128, |packed, &id| packed << ID_BITS | u128::from(id));
-        Self(packed | (ids.len() as u128) << 120)
+        let mut words = [0; INLINE];
+        words[..ids.len()].copy_from_slice(ids);
+        words[0] |= (ids.len() as u32) << ID_BITS;
+        Self(words)
     }
 
     #[inline(always)]
     pub fn len(self) -> usize {
-        (self.0 >> 120) as usize
+        (self.0[0] >> ID_BITS) as usize
     }
 
     /// The ids, then anything.
     #[inline(always)]
     pub fn ids(self) -> [u32; INLINE] {
-        std::array::from_fn(|i| ((self.0 >> (ID_BITS as usize * i)) & ID_MASK) as u32)
+        self.0.map(|word| word & ID_MASK)
     }
 }
 
@@ -54,7 +68,7 @@ struct Long {
 #[derive(Debug, Default)]
 pub struct Cache {
     /// Key, value, key, value on each line. Zeroed memory that is not touched costs nothing.
-    lines: Vec<u128>,
+    lines: Vec<Words>,
     /// Entries before the first whole cache line.
     skip: usize,
     long: Vec<Long>,
@@ -66,7 +80,7 @@ impl Cache {
     /// Memory for the short pieces, once.
     pub fn prepare(&mut self) {
         if self.lines.is_empty() {
-            self.lines = vec![0; LINES * 4 + 3];
+            self.lines = vec![[0; 4]; LINES * 4 + 3];
             ask_for_huge_pages(&self.lines);
             self.skip = (self.lines.as_ptr() as usize).wrapping_neg() % 64 / 16;
         }
@@ -83,39 +97,75 @@ impl Cache {
     }
 
     #[inline(always)]
-    pub fn place(&self, hash: u64) -> &u128 {
+    pub fn place(&self, hash: u64) -> &Words {
         &self.lines[self.line(hash)]
     }
 
     #[inline(always)]
-    pub fn get(&self, item: &Item) -> Option<Packed> {
-        let at = self.line(item.hash);
-        let line: &[u128; 4] = self.lines[at..at + 4].try_into().expect("the range has 4 entries");
-        if line[0] == item.key {
-            Some(Packed(line[1]))
-        } else if line[2] == item.key {
-            Some(Packed(line[3]))
-        } else {
-            None
-        }
+    fn line_at(&mut self, at: usize) -> &mut [Words; 4] {
+        (&mut self.lines[at..at + 4]).try_into().expect("the range has 4 entries")
     }
 
-    /// The newest of a line comes first, and the second is forgotten.
+    #[inline(always)]
+    pub fn get(&mut self, key: Key, hash: u64) -> Option<Packed> {
+        let at = self.line(hash);
+        Self::get_in(self.line_at(at), &words(key))
+    }
+
+    /// `get` from the neighbouring line, where pieces go that find no place in their own.
+    pub fn get_beside(&mut self, key: Key, hash: u64) -> Option<Packed> {
+        let at = self.line(hash ^ 1);
+        Self::get_in(self.line_at(at), &words(key))
+    }
+
+    #[inline(always)]
+    fn get_in(line: &mut [Words; 4], key: &Words) -> Option<Packed> {
+        // Which of the two it is cannot be predicted: an address in place of a branch.
+        let way = 2 * usize::from(line[2] == *key);
+        if line[way] != *key {
+            return None;
+        }
+        let value = line[way + 1];
+        if value[1] & USED == 0 {
+            line[way + 1][1] |= USED;
+        }
+        Some(Packed(value))
+    }
+
+    /// Over an entry that was not asked for again, in the line of the piece or the neighbouring one. If all four were,
+    /// those of its own line have to prove themselves anew.
     pub fn put(&mut self, item: &Item, ids: &[u32]) {
         debug_assert!(item.key != 0 as Key && ids.len() <= INLINE);
-        let at = self.line(item.hash);
-        self.lines.copy_within(at..at + 2, at + 2);
-        self.lines[at] = item.key;
-        self.lines[at + 1] = Packed::new(ids).0;
+        let (own, beside) = (self.line(item.hash), self.line(item.hash ^ 1));
+        let free = |line: &[Words; 4]| {
+            let used = |way: usize| line[way + 1][1] & USED != 0;
+            [0, 2].into_iter().find(|&way| line[way] == [0; 4]).or([2, 0].into_iter().find(|&way| !used(way)))
+        };
+        let (at, way) = match (free(self.line_at(own)), free(self.line_at(beside))) {
+            (Some(way), _) => (own, way),
+            (None, Some(way)) => (beside, way),
+            (None, None) => {
+                let line = self.line_at(own);
+                line[1][1] &= !USED;
+                line[3][1] &= !USED;
+                (own, 0)
+            }
+        };
+        let line = self.line_at(at);
+        line[way] = words(item.key);
+        line[way + 1] = Packed::new(ids).0;
     }
 
     pub fn get_long(&self, piece: &[u8], hash: u64) -> Option<&[u32]> {
-        let entry = self.long.get(hash as usize % LONG_SLOTS)?;
-        let start = entry.bytes as usize;
-        if entry.hash != hash || &self.long_bytes[start..start + entry.len as usize] != piece {
-            return None;
-        }
-        Some(&self.long_ids[entry.ids as usize..][..entry.count as usize])
+        let place = hash as usize % LONG_SLOTS;
+        [place, place ^ 1].into_iter().find_map(|place| {
+            let entry = self.long.get(place)?;
+            let start = entry.bytes as usize;
+            if entry.hash != hash || &self.long_bytes[start..start + entry.len as usize] != piece {
+                return None;
+            }
+            Some(&self.long_ids[entry.ids as usize..][..entry.count as usize])
+        })
     }
 
     pub fn put_long(&mut self, piece: &[u8], hash: u64, ids: &[u32]) {
@@ -131,7 +181,9 @@ impl Cache {
             self.long_ids.clear();
             self.long_ids.reserve_exact(LONG_IDS);
         }
-        self.long[hash as usize % LONG_SLOTS] = Long {
+        let place = hash as usize % LONG_SLOTS;
+        let place = if self.long[place].hash != 0 && self.long[place ^ 1].hash == 0 { place ^ 1 } else { place };
+        self.long[place] = Long {
             hash,
             bytes: self.long_bytes.len() as u32,
             ids: self.long_ids.len() as u32,
@@ -155,18 +207,4 @@ impl Cache {
             + self.long_bytes.capacity()
             + self.long_ids.capacity() * 4
     }
-}
-
-/// A random look into 16 MB misses the table of small pages nearly every time.
-fn ask_for_huge_pages(memory: &[u128]) {
-    #[cfg(target_os = "linux")]
-    {
-        const PAGE: usize = 4096;
-        let start = (memory.as_ptr() as usize).next_multiple_of(PAGE);
-        let end = memory.as_ptr_range().end as usize / PAGE * PAGE;
-        // SAFETY: the whole pages of a live allocation; the advice changes no content, and a refusal changes nothing.
-        unsafe { libc::madvise(start as *mut libc::c_void, end.saturating_sub(start), libc::MADV_HUGEPAGE) };
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = memory;
 }

@@ -91,6 +91,11 @@ impl Chunk {
     }
 
     #[inline(always)]
+    pub fn key(&self, i: usize) -> (Key, u64) {
+        (self.items[i].key, self.items[i].hash)
+    }
+
+    #[inline(always)]
     pub fn item(&self, i: usize) -> Item {
         self.items[i]
     }

@@ -2,6 +2,7 @@
 //!
 //! Short pieces, nearly all there are, lie in one open-addressing table whose lines are asked for ahead of time.
 
+use std::cmp::Reverse;
 use std::hash::Hasher;
 
 use hashbrown::HashTable;
@@ -156,26 +157,23 @@ impl PieceCounts {
         }
     }
 
-    /// Every distinct piece and its count, the long ones last.
-    pub fn each(&self, mut each: impl FnMut(Piece, i64)) {
-        for slot in self.slots.iter().filter(|slot| slot.count != 0) {
-            each(Piece::Short(slot.key()), slot.count);
-        }
-        for (long, index) in self.long.iter().zip(0..) {
-            each(Piece::Long(index), long.count);
-        }
-    }
-
-    /// Calls `use_bytes` with the bytes of a piece.
-    #[inline]
-    pub fn with_bytes<T>(&self, piece: Piece, use_bytes: impl FnOnce(&[u8]) -> T) -> T {
-        match piece {
-            Piece::Short(key) => use_bytes(key_bytes(&key.to_le_bytes())),
-            Piece::Long(index) => {
-                let long = &self.long[index as usize];
-                use_bytes(&self.arena[long.start..long.start + long.len])
+    /// Calls `each` with every distinct piece and its count, the most frequent first.
+    ///
+    /// The empty slots are given back before: training takes the most memory at this point.
+    pub fn each_by_count(mut self, mut each: impl FnMut(&[u8], i64)) {
+        self.table = HashTable::new();
+        self.slots.retain(|slot| slot.count != 0);
+        self.slots.shrink_to_fit();
+        self.slots.sort_unstable_by_key(|slot| Reverse(slot.count));
+        self.long.sort_unstable_by_key(|long| Reverse(long.count));
+        let mut long = self.long.iter().peekable();
+        for slot in &self.slots {
+            while let Some(long) = long.next_if(|long| long.count > slot.count) {
+                each(&self.arena[long.start..long.start + long.len], long.count);
             }
+            each(key_bytes(&slot.key().to_le_bytes()), slot.count);
         }
+        long.for_each(|long| each(&self.arena[long.start..long.start + long.len], long.count));
     }
 
     pub fn pieces(&self) -> usize {
@@ -186,12 +184,6 @@ impl PieceCounts {
     pub fn cells(&self) -> usize {
         self.bytes + self.arena.len() + self.pieces()
     }
-}
-
-#[derive(Debug, Clone, Copy)]
-pub enum Piece {
-    Short(Key),
-    Long(u32),
 }
 
 #[cfg(test)]
@@ -216,13 +208,31 @@ mod tests {
         twice.merge(&counts);
         twice.merge(&counts);
         assert_eq!((twice.pieces(), twice.cells()), (20_000, text.len() + 20_000));
-        let mut bytes = 0;
-        twice.each(|piece, count| {
+        let mut pieces = Vec::new();
+        twice.each_by_count(|piece, count| {
             assert_eq!(count, 4);
-            bytes += twice.with_bytes(piece, <[u8]>::len);
+            pieces.push(piece.to_vec());
         });
-        assert_eq!(bytes, text.len());
+        let mut expected: Vec<_> = (0..20_000).map(|i| format!("{i:02}{}", "x".repeat(i % 40)).into_bytes()).collect();
+        pieces.sort();
+        expected.sort();
+        assert_eq!(pieces, expected);
         let key = key_of(b"ab", 0, 2);
         assert_eq!(key_bytes(&key.to_le_bytes()), b"ab");
+    }
+
+    #[test]
+    fn the_most_frequent_piece_comes_first_whatever_its_length() {
+        let mut counts = PieceCounts::default();
+        let pieces: Vec<String> = (1..40).map(|i| "y".repeat(i % 31 + 2)).collect();
+        for (piece, times) in pieces.iter().zip(1..) {
+            (0..times).for_each(|_| counts.push(piece.as_bytes(), 0, piece.len()));
+            counts.flush(piece.as_bytes());
+        }
+        let mut found = Vec::new();
+        counts.each_by_count(|piece, count| found.push((count, piece.len())));
+        assert_eq!(found.len(), 31);
+        assert!(found.windows(2).all(|w| w[0].0 >= w[1].0));
+        assert!(found.contains(&(1 + 32, 3)) && found.contains(&(31, 2)));
     }
 }

@@ -3,16 +3,11 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::backtrack::Steps;
 use crate::cache::{Cache, INLINE};
-use crate::chunk::{CHUNK, Chunk};
+use crate::chunk::{Chunk, Item};
 use crate::vocab::{NONE, Vocab};
-
-/// Up to this many bytes looking at all ranks is the fastest way to the lowest; beyond, tokens are found from left to
-/// right (`Prefixes`), or by a heap where the vocabulary was not made by merging alone.
-const SCAN_BYTES: usize = 48;
-
-/// From this many merged pieces on, the tables of `Prefixes` (50 ms for 100,000 tokens) pay for short pieces too.
-const MANY: usize = 4096;
+use crate::{repeat, short};
 
 /// Buffers that outlive a text, and a cache of pieces met before (`Cache` says how large it may become).
 /// `limit` hides the tokens from that id on (to find what a token is made of).
@@ -24,14 +19,12 @@ pub struct Scratch {
     next: Vec<u32>,
     previous: Vec<u32>,
     heap: BinaryHeap<Reverse<(u32, u32)>>,
-    failed: Vec<u64>,
+    steps: Steps,
     chunk: Chunk,
     cache: Cache,
     /// The vocabulary that the cache belongs to.
     owner: u64,
     lent: Vec<u32>,
-    /// How many pieces were no token.
-    merged: usize,
 }
 
 /// A lent buffer that grew beyond this many ids is not kept.
@@ -52,12 +45,11 @@ impl Scratch {
             next: Vec::new(),
             previous: Vec::new(),
             heap: BinaryHeap::new(),
-            failed: Vec::new(),
+            steps: Steps::default(),
             chunk: Chunk::default(),
             cache: Cache::default(),
             owner: 0,
             lent: Vec::new(),
-            merged: 0,
         }
     }
 
@@ -91,6 +83,7 @@ impl Scratch {
     pub fn begin(&mut self, vocab: &Vocab) {
         if self.owner != vocab.instance() {
             self.cache.clear();
+            self.steps = Steps::default();
             self.owner = vocab.instance();
         }
         self.cache.prepare();
@@ -109,34 +102,46 @@ impl Scratch {
     /// Appends the ids of the pieces that `push` kept back.
     #[inline(never)]
     pub fn finish(&mut self, vocab: &Vocab, text: &[u8], out: &mut Vec<u32>) {
-        // Ids gather here, so that a hit is a fixed store and an addition.
-        let mut ready = [0u32; CHUNK * INLINE];
-        let mut count = 0;
+        // Room for all hits, so that each is a store of fixed size and an addition.
+        let mut end = out.len();
+        out.resize(end + self.chunk.len() * INLINE, 0);
         for i in 0..self.chunk.len() {
-            let item = &self.chunk.item(i);
-            let known = if item.key == 0 { None } else { self.cache.get(item) };
+            let (key, hash) = self.chunk.key(i);
+            let known = if key == 0 { None } else { self.cache.get(key, hash) };
             if let Some(packed) = known
                 && packed.len() > 0
             {
-                ready[count..count + INLINE].copy_from_slice(&packed.ids());
-                count += packed.len();
+                out[end..end + INLINE].copy_from_slice(&packed.ids());
+                end += packed.len();
                 continue;
             }
-            out.extend_from_slice(&ready[..count]);
-            count = 0;
-            let piece = &text[item.start as usize..(item.start + item.len) as usize];
-            if item.key == 0 || known.is_some() {
-                self.kept_piece(vocab, piece, out);
-                continue;
-            }
-            let first = out.len();
-            self.piece(vocab, piece, out);
-            // No ids: they are many, and kept with those of long pieces when the piece comes again.
-            let ids = if out.len() - first <= INLINE { &out[first..] } else { &[] };
-            self.cache.put(item, ids);
+            out.truncate(end);
+            self.unknown(vocab, text, &self.chunk.item(i), known.is_some(), out);
+            end = out.len();
+            out.resize(end + (self.chunk.len() - i) * INLINE, 0);
         }
-        out.extend_from_slice(&ready[..count]);
+        out.truncate(end);
         self.chunk.clear();
+    }
+
+    /// `kept`: the piece has too many ids for an entry of its own.
+    #[inline(never)]
+    fn unknown(&mut self, vocab: &Vocab, text: &[u8], item: &Item, kept: bool, out: &mut Vec<u32>) {
+        let piece = &text[item.start as usize..(item.start + item.len) as usize];
+        if item.key == 0 || kept {
+            return self.kept_piece(vocab, piece, out);
+        }
+        if let Some(packed) = self.cache.get_beside(item.key, item.hash) {
+            if packed.len() == 0 {
+                return self.kept_piece(vocab, piece, out);
+            }
+            return out.extend_from_slice(&packed.ids()[..packed.len()]);
+        }
+        let first = out.len();
+        self.piece(vocab, piece, out);
+        // No ids: they are many, and kept with those of long pieces when the piece comes again.
+        let ids = if out.len() - first <= INLINE { &out[first..] } else { &[] };
+        self.cache.put(item, ids);
     }
 
     /// A piece that is too long for a key, or has too many ids for an entry.
@@ -157,32 +162,28 @@ impl Scratch {
             out.push(vocab.byte_id(*byte));
             return;
         }
-        // A piece that is a token is found by the first look of `encode` too.
-        if (self.merged >= MANY || piece.len() > SCAN_BYTES)
-            && let Some(prefixes) = vocab.prefixes()
-        {
-            prefixes.encode(vocab, piece, &mut self.failed, out);
-        } else if let Some(id) = vocab.id(piece) {
-            out.push(id);
-        } else {
-            self.merged += 1;
-            self.merge(vocab, piece, out);
+        if let Some(id) = vocab.id(piece) {
+            return out.push(id);
+        }
+        if piece.len() <= short::MOST {
+            return short::merge(vocab, piece, self.limit, out);
+        }
+        if repeat::merge(vocab, piece, self.limit, out) {
+            return;
+        }
+        // A vocabulary that was not made by merging alone has no prefixes.
+        match vocab.prefixes() {
+            Some(prefixes) => prefixes.encode(vocab, piece, &mut self.steps, out),
+            None => self.merge_by_heap(vocab, piece, out),
         }
     }
 
     /// Appends the ids of `piece` by merging alone, without asking whether the piece is a token.
     pub fn merge(&mut self, vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
-        self.start(vocab, piece);
-        if piece.len() <= SCAN_BYTES {
-            self.merge_by_scan(vocab);
-            out.extend_from_slice(&self.ids);
-        } else {
-            self.merge_by_heap(vocab);
-            let mut at = 0;
-            while at < self.ids.len() {
-                out.push(self.ids[at]);
-                at = self.next[at] as usize;
-            }
+        if piece.len() <= short::MOST {
+            short::merge(vocab, piece, self.limit, out);
+        } else if !repeat::merge(vocab, piece, self.limit, out) {
+            self.merge_by_heap(vocab, piece, out);
         }
     }
 
@@ -199,33 +200,9 @@ impl Scratch {
         self.ranks.push(NONE);
     }
 
-    fn merge_by_scan(&mut self, vocab: &Vocab) {
-        loop {
-            let (mut at, mut lowest) = (0, NONE);
-            for (i, &rank) in self.ranks.iter().enumerate() {
-                if rank < lowest {
-                    (at, lowest) = (i, rank);
-                }
-            }
-            if lowest == NONE {
-                return;
-            }
-            self.ids[at] = lowest;
-            self.ids.remove(at + 1);
-            self.ranks.remove(at + 1);
-            if at + 1 < self.ids.len() {
-                self.ranks[at] = self.allowed(vocab.pair(lowest, self.ids[at + 1]));
-            } else {
-                self.ranks[at] = NONE;
-            }
-            if at > 0 {
-                self.ranks[at - 1] = self.allowed(vocab.pair(self.ids[at - 1], lowest));
-            }
-        }
-    }
-
     /// n log n: a heap of (rank, position) over a doubly linked list; an entry whose rank has changed is skipped.
-    fn merge_by_heap(&mut self, vocab: &Vocab) {
+    pub(crate) fn merge_by_heap(&mut self, vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+        self.start(vocab, piece);
         let len = u32::try_from(self.ids.len()).expect("a piece of 4 GB is refused before it comes here");
         self.next.clear();
         self.next.extend(1..=len);
@@ -254,6 +231,11 @@ impl Scratch {
             if before != NONE {
                 self.rank_again(vocab, before, at);
             }
+        }
+        let mut at = 0;
+        while at < self.ids.len() {
+            out.push(self.ids[at]);
+            at = self.next[at] as usize;
         }
     }
 

@@ -27,13 +27,19 @@ mod encoding;
 mod error;
 pub mod file;
 pub mod hf;
+mod memory;
 mod merge;
+mod pairs;
 #[cfg(feature = "python")]
 mod python;
+mod repeat;
 mod runs;
+mod scanner;
+mod short;
 mod split;
 mod train;
 mod vocab;
+mod window;
 
 pub use encode::Scratch;
 pub use encoding::{Encoding, Specials};

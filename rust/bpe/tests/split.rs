@@ -71,11 +71,22 @@ fn class_alphabet() -> impl Strategy<Value = String> {
     prop::collection::vec(prop::sample::select(members.to_vec()), 0..40).prop_map(|parts| parts.concat())
 }
 
+/// ASCII alone and a little beyond, long enough for borders of windows at every place: words, runs, contractions.
+fn windows_of_ascii() -> impl Strategy<Value = String> {
+    let letters =
+        prop::sample::select(vec!["a", "Z", "s", "word", "'s", "'ll", "'Ve", "'tis", "'lx", "x".repeat(70).leak()]);
+    let others = prop::sample::select(vec![
+        " ", " ", "  ", "\t", "\n", "\r\n", "\n  \n", "\x0b", "\x1c", "'", "''", "1", "23", "4567", ".", "(", " .",
+        "!!", "/", "é", "\u{a0}",
+    ]);
+    prop::collection::vec(prop_oneof![letters, others], 0..120).prop_map(|parts| parts.concat())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_preset_splits_as_its_regex(text in prop_oneof![class_alphabet(), ".{0,40}"]) {
+    fn every_preset_splits_as_its_regex(text in prop_oneof![class_alphabet(), windows_of_ascii(), "[ -~\n]{0,300}", ".{0,40}"]) {
         for (preset, slow) in &*BOTH {
             prop_assert_eq!(pieces(preset, &text), pieces(slow, &text), "{} on {:?}", preset.regex(), text);
         }

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import pickle
 import signal
+import sys
 import threading
 import tomllib
 from collections import Counter
@@ -76,6 +77,14 @@ def test_the_vocabulary_is_bytes_then_merges_then_special_tokens(encoding: Encod
 def test_training_does_not_depend_on_threads_or_order() -> None:
     hashes = {ghostvis_bpe.train(texts, 350, threads=n).hash for n in (1, 2, 5) for texts in (TEXTS, TEXTS[::-1])}
     assert len(hashes) == 1
+
+
+def test_training_leaves_no_copy_inside_the_texts() -> None:
+    """Python keeps the UTF-8 of a text that was asked for it: a list of texts would be in memory twice."""
+    texts = ["é" * 1000, "e" * 1000, "\ud800" * 1000]
+    sizes = [sys.getsizeof(text) for text in texts]
+    ghostvis_bpe.train(texts, 258)
+    assert [sys.getsizeof(text) for text in texts] == sizes
 
 
 def test_training_reads_an_iterator_and_files(tmp_path: Path) -> None:
@@ -269,6 +278,22 @@ def test_numpy_arrays_go_out_and_in(encoding: Encoding) -> None:
         encoding.decode(array[:4].reshape(2, 2))
 
 
+def test_ids_are_any_integers_in_any_sequence(encoding: Encoding) -> None:
+    class Odd(int):
+        pass
+
+    class Index:
+        def __index__(self) -> int:
+            ids.clear()  # a list may change while it is read
+            return 98
+
+    np = pytest.importorskip("numpy")
+    assert encoding.decode_bytes([97, True, np.uint32(99), np.int64(100), Odd(101)]) == b"a\x01cde"
+    assert encoding.decode_bytes((97, 98)) == encoding.decode_bytes(iter([97, 98])) == b"ab"
+    ids: list[object] = [97, Index(), 99]
+    assert encoding.decode_bytes(ids) == b"abc"  # ty: ignore[invalid-argument-type]
+
+
 def test_an_encoding_is_pickled_compared_and_hashed(encoding: Encoding) -> None:
     copy = pickle.loads(pickle.dumps(encoding))
     assert copy == encoding
@@ -283,7 +308,8 @@ def test_an_encoding_is_pickled_compared_and_hashed(encoding: Encoding) -> None:
     [
         ([0, 370], ValueError, r"ids\[1\]: no token has id 370, the vocabulary has 370 ids"),
         ([-1], ValueError, r"ids\[0\]: -1 is not a token id"),
-        ([1 << 40], ValueError, r"ids\[0\]"),
+        ([0, 1 << 40], ValueError, r"ids\[1\]: 1099511627776 is not a token id"),
+        ([1 << 80], ValueError, r"ids\[0\]: 1208925819614629174706176 is not a token id"),
         (["a"], TypeError, r"ids\[0\]"),
         ([1.5], TypeError, r"ids\[0\]"),
     ],

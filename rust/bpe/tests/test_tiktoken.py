@@ -32,7 +32,15 @@ def test_ids_equal_tiktokens(name: str) -> None:
     assert ours.encode_ordinary(TEXT) == theirs.encode_ordinary(TEXT)
 
     @settings(max_examples=300, deadline=None)
-    @given(st.text() | st.text(alphabet=CLASSES) | st.text(alphabet="the cat", min_size=60, max_size=200))
+    @given(
+        st.text()
+        | st.text(alphabet=CLASSES)
+        | st.text(alphabet="the cat", min_size=60, max_size=200)
+        | st.text(alphabet=" \t\n'.(1aZstd!é", min_size=60, max_size=300)  # windows of 64 bytes
+        | st.builds(
+            "".join, st.lists(st.builds(str.__mul__, st.sampled_from(" a!\n"), st.integers(1, 400)), max_size=3)
+        )
+    )
     def check(text: str) -> None:
         assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
 
