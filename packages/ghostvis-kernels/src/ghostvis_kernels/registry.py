@@ -29,8 +29,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def constant_in_graphs(function: F) -> F:
     """Call it once when torch.compile traces, and take its result for a constant of the graph.
 
-    This is `torch.compiler.assume_constant_result`, which imports all of torch's compiler to set the same mark: 4 s of
-    the 7 s that `import ghostvis_kernels` took (one EPYC core, torch 2.15).
+    This is `torch.compiler.assume_constant_result`, which imports all of torch's compiler to set the same mark: with it
+    `import ghostvis_kernels` took 7.8 s, without 3.2 (one EPYC core, torch 2.15).
     """
     function._dynamo_marked_constant = True  # ty: ignore[missing-attribute]
     return function
