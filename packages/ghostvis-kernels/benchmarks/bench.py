@@ -5,9 +5,9 @@
     python packages/ghostvis-kernels/benchmarks/bench.py --all                # then bench_linear.py (CUDA)
 
 On CUDA a time is the median of `triton.testing.do_bench` (the cache is flushed before every call), the middle of
---rounds turns in which every way is timed after the other. Row ops are timed as a CUDA graph of calls on several
-inputs, which are larger than the cache together; decoding as one over several caches, as a model with as many layers
-would run it: so the host's time is in none of them, and `host` measures it apart. On a CPU a time is the median
+--rounds turns in which every way is timed after the other. Row ops are timed as a CUDA graph of calls on 3 to 10
+inputs, which are larger than the cache together; decoding as one over 4 to 20 caches, as a model with as many
+layers would run it: so the host's time is in none of them, and `host` measures it apart. On a CPU a time is the median
 processor time. A floor is bytes over the bandwidth of a copy, or operations over the rate of a large product. Peers
 that are not installed are left out.
 """
@@ -34,7 +34,7 @@ from ghostvis_kernels.newton_schulz import newton_schulz_reference
 from ghostvis_kernels.optim import AdamW
 
 OPS = ("rows", "attention", "packed", "decode", "newton_schulz", "adamw", "host")
-INPUTS = 3  # of a row op's graph
+INPUTS = 3, 10  # of a row op's graph: the launch of a graph of three small calls would be 2 % of it
 Call = Callable[[], Any]
 Inputs = Callable[[], list[Tensor]]
 
@@ -122,7 +122,7 @@ def graph_of(build: Callable[[], list[Call]]) -> Call:
 def row_op(machine: Machine, name: str, ways: dict[str, Callable], make: Inputs, bytes_: tuple[float, float]):
     """Forward, and backward through a graph that is kept, of an op that moves so many bytes."""
     cuda = machine.device == "cuda"
-    count = INPUTS if cuda else 1
+    count = min(INPUTS[1], max(INPUTS[0], int(3e9 / bytes_[1]))) if cuda else 1
     # Every way has inputs of its own: Liger's backward of SwiGLU writes into them.
     inputs = {way: [make() for _ in range(count)] for way in ways}
 
@@ -290,7 +290,7 @@ def decode(machine: Machine, compile_: bool) -> Iterator[Case]:
             for batch, length in sizes:
                 new = [tensor(machine, batch, 1, n, shape.size) for n in (shape.heads, *[shape.kv_heads] * 2)]
                 bytes_ = 2 * batch * length * shape.kv_heads * shape.size * new[0].element_size()
-                layers = max(2, min(20, math.ceil(3e8 / bytes_))) if cuda else 1
+                layers = max(4, min(20, int(24e9 / bytes_))) if cuda else 1  # d20 has 20; one holds up to 4.3 GB
                 caches = [
                     [tensor(machine, batch, length, shape.kv_heads, shape.size).detach() for _ in range(2)]
                     for _ in range(layers)
@@ -305,14 +305,15 @@ def decode(machine: Machine, compile_: bool) -> Iterator[Case]:
                     k, v = (t.transpose(1, 2) for t in cache)
                     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-                torchs: list[Call] = [
-                    lambda c=c: sdpa(c) for c in caches
-                ]  # writes nothing into the cache, equal lengths
-                ways = (
-                    {"ours": graph_of(lambda c=ours: c), "torch": graph_of(lambda c=torchs: c)}
-                    if cuda
-                    else {"ours": ours[0], "torch": torchs[0]}
-                )
+                # SDPA writes nothing into the cache, and all lengths are equal.
+                torchs: list[Call] = [lambda c=c: sdpa(c) for c in caches]
+                if cuda:
+                    read = importlib.import_module("reading").read
+                    reads: list[Call] = [lambda c=c, read=read: read(*c) for c in caches]
+                    calls = {"ours": ours, "torch": torchs, "reading alone": reads}
+                    ways = {way: graph_of(lambda c=c: c) for way, c in calls.items()}
+                else:
+                    ways = {"ours": ours[0], "torch": torchs[0]}
                 title = f"decode {shape.name} {batch} x {length}"
                 yield Case(title, ways, bytes_ / machine.bandwidth, layers)
 
