@@ -131,16 +131,11 @@ def compare(
     runs: int,
     ours: Callable[[], object],
     others: Mapping[str, Callable[[], object]],
-    prepare: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """A row for each peer: speeds where there is an `amount` in MB, else times.
-
-    `prepare` is called before each run, outside its time, with the name of who runs: "" is ours.
-    """
+    """A row for each peer: speeds where there is an `amount` in MB, else times."""
     times: dict[str, list[float]] = {name: [] for name in ("", *others)}
     for _ in range(runs):
         for name, work in {"": ours, **others}.items():
-            prepare(name)
             times[name].append(seconds(work))
     medians = {name: statistics.median(side) for name, side in times.items()}
 
@@ -251,47 +246,64 @@ def memory(bench: Bench) -> None:
         row(what, f"{own:.0f} MB", f"{other:.0f} MB", f"{own / other:.2f} of it")
 
 
+FIRST = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from pathlib import Path
+import corpus, ghostvis_bpe, peers
+texts = corpus.load(Path({path!r}))
+own = ghostvis_bpe.from_tiktoken({ranks!r}, {pattern!r})
+calls = own.encode_ordinary, own.encode_to_numpy
+if {encoder!r}:
+    calls = peers.ENCODERS[{encoder!r}](peers.Files(own, {pattern!r}, Path({temporary!r})))
+call = calls[{kind}]
+start = time.process_time()
+for text in texts:
+    len(call(text))
+print(time.process_time() - start)
+"""
+
+
 def first(bench: Bench) -> None:
-    """Every run has new encodings, ours and the peers', so that caches and tables are cold."""
-    encode_corpus(bench, "first pass", fresh=True)
+    """Every run is a process of its own, so that memory, tables and caches are cold."""
+    ranks = peers.Files(bench.encoding, bench.pattern, bench.folder).rank_file()
+    temporary = bench.folder / "first"
+    temporary.mkdir()
+    paths = {"path": str(bench.path), "ranks": str(ranks), "folder": str(Path(__file__).parent)}
+
+    def seconds(encoder: str, kind: int) -> float:
+        code = FIRST.format(**paths, temporary=str(temporary), pattern=bench.pattern, encoder=encoder, kind=kind)
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+        return float(done.stdout)
+
+    for kind, form in ((1, "numpy"), (0, "lists")):
+        names = [name for name in bench.encoders() if bench.encoder(name)[kind]]
+        runs = [[seconds(name, kind) for name in ("", *names)] for _ in range(bench.runs)]
+        own, *others = (statistics.median(side) for side in zip(*runs, strict=True))
+        for name, other in zip(names, others, strict=True):
+            what = f"encode {bench.size:.0f} MB to {form}, first pass, vs {name}"
+            row(what, f"{bench.size / own:.1f} MB/s", f"{bench.size / other:.1f} MB/s", f"{other / own:.2f}")
 
 
 def repeated(bench: Bench) -> None:
-    encode_corpus(bench, "repeated", fresh=False)
-
-
-def encode_corpus(bench: Bench, what: str, fresh: bool) -> None:
     texts = bench.texts
-    current: dict[str, tuple[Callable[[str], Any], Callable[[str], Any] | None]] = {}
-
-    def prepare(name: str) -> None:
-        if name in current and not fresh:
-            return
-        if name:
-            current[name] = bench.encoder(name)
-        else:
-            own = bench.fresh()
-            current[name] = own.encode_ordinary, own.encode_to_numpy
-        if not fresh:
-            for text in texts:
-                current[name][0](text)
+    calls = {name: bench.encoder(name) for name in bench.encoders()}
+    calls[""] = bench.encoding.encode_ordinary, bench.encoding.encode_to_numpy
+    for encode, _ in calls.values():
+        for text in texts:
+            encode(text)
 
     def work(name: str, kind: int) -> Callable[[], object]:
-        def encode() -> None:
-            call = current[name][kind]
-            assert call is not None
-            for text in texts:
-                len(call(text))
+        call = calls[name][kind]
+        assert call is not None
+        encode: Callable[[str], Any] = call
+        return lambda: [len(encode(text)) for text in texts]
 
-        return encode
-
-    for name in bench.encoders():
-        prepare(name)
-    arrays = {name: work(name, 1) for name in bench.encoders() if current[name][1]}
-    lists = {name: work(name, 0) for name in bench.encoders()}
     size = f"{bench.size:.0f} MB"
-    compare(f"encode {size} to numpy, {what}", bench.size, bench.runs, work("", 1), arrays, prepare)
-    compare(f"encode {size} to lists, {what}", bench.size, bench.runs, work("", 0), lists, prepare)
+    arrays = {name: work(name, 1) for name in bench.encoders() if calls[name][1]}
+    lists = {name: work(name, 0) for name in bench.encoders()}
+    compare(f"encode {size} to numpy, repeated", bench.size, bench.runs, work("", 1), arrays)
+    compare(f"encode {size} to lists, repeated", bench.size, bench.runs, work("", 0), lists)
 
 
 def lines(bench: Bench) -> None:

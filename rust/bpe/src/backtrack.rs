@@ -5,7 +5,12 @@
 //! back where none does; a border that failed is not tried again. (The idea is that of the `bpe` crate of rust-gems;
 //! see also Berglund and van der Merwe 2023, "Formalizing BPE tokenization".)
 
+use std::ops::RangeInclusive;
+
 use crate::encode::Scratch;
+use crate::lanes::{self, Work};
+use crate::repeat;
+use crate::runs::shared_prefix;
 use crate::vocab::{NONE, Vocab};
 
 #[derive(Debug, Clone, Copy)]
@@ -169,11 +174,23 @@ impl Prefixes {
 
     /// Appends the ids of `piece`.
     pub fn encode(&self, vocab: &Vocab, piece: &[u8], steps: &mut Steps, out: &mut Vec<u32>) {
+        let period = period(piece);
+        if period == 0 || !self.encode_from(vocab, piece, period, steps, out) {
+            self.encode_from(vocab, piece, 0, steps, out);
+        }
+    }
+
+    /// `encode`. Where the piece is `period` bytes over and over, a sequence of tokens that came back to the same token
+    /// at the same place goes on repeating: it is copied up to where the end of the piece may be seen. All neighbours
+    /// in it go together, so if the rest fits to it, it is right; if not, false, and nothing is appended.
+    fn encode_from(&self, vocab: &Vocab, piece: &[u8], period: usize, steps: &mut Steps, out: &mut Vec<u32>) -> bool {
         let Steps { failed, known } = steps;
         failed.clear();
         failed.resize(piece.len() / 64 + 1, 0);
         known.resize(1 << (u64::BITS - KNOWN_SHIFT), Known { before: NONE, token: NONE, fits: NONE });
         let base = out.len();
+        let mut cycle = Cycle { period, at: 0, end: base, patience: 1 };
+        let mut copied = base;
         let mut at = 0;
         let mut token = self.longest(piece);
         loop {
@@ -186,8 +203,15 @@ impl Prefixes {
                 } else {
                     out.push(token);
                     at = end;
+                    if cycle.period > 0 && cycle.closes(at, out) {
+                        let bytes = at - cycle.at;
+                        let times = (piece.len() - at).saturating_sub(2 * vocab.longest() + bytes) / bytes;
+                        repeat::again(out, cycle.end, times);
+                        at += times * bytes;
+                        (copied, cycle.period) = (out.len(), 0);
+                    }
                     if at == piece.len() {
-                        return;
+                        return true;
                     }
                     token = self.longest(&piece[at..]);
                     continue;
@@ -196,37 +220,112 @@ impl Prefixes {
             while token == NONE {
                 // No token goes on from here: this border is wrong, so the token before it was.
                 failed[at / 64] |= 1 << (at % 64);
+                if out.len() == copied && copied > base {
+                    out.truncate(base);
+                    return false;
+                }
                 let last = out.pop().expect("some sequence of tokens is what merging makes");
                 at -= self.lengths[last as usize] as usize;
                 token = self.shorter[last as usize];
+                cycle.cut(at, out.len());
             }
         }
     }
 }
 
-/// What each token was merged from, and proof that merging makes every token of its bytes.
-fn halves(vocab: &Vocab) -> Option<Vec<(u32, u32)>> {
-    let mut scratch = Scratch::default();
-    let mut parts = Vec::new();
-    let mut halves = Vec::with_capacity(vocab.id_bound() as usize);
-    for id in 0..vocab.id_bound() {
-        let Some(token) = vocab.bytes(id) else {
-            halves.push((id, id));
-            continue;
-        };
-        if token.len() == 1 {
-            halves.push((id, id));
-            continue;
+/// The tokens since one of them, in a piece that is a few bytes over and over.
+struct Cycle {
+    /// Zero: not looked for.
+    period: usize,
+    /// Where the first token ends in the piece, and in the ids.
+    at: usize,
+    end: usize,
+    /// How many tokens to wait for that one again.
+    patience: usize,
+}
+
+impl Cycle {
+    /// Whether the last of the ids is the first token again, at the same place of the period. Now and then the last
+    /// becomes the first.
+    fn closes(&mut self, at: usize, out: &[u32]) -> bool {
+        let since = out.len() - self.end;
+        if since > 0
+            && self.at > 0
+            && (at - self.at).is_multiple_of(self.period)
+            && out[out.len() - 1] == out[self.end - 1]
+        {
+            return true;
         }
-        parts.clear();
-        scratch.set_limit(id);
-        scratch.merge(vocab, token, &mut parts);
-        match parts[..] {
-            [left, right] if left < id && right < id => halves.push((left, right)),
-            _ => return None,
+        if since >= self.patience {
+            (self.at, self.end, self.patience) = (at, out.len(), self.patience * 2);
+        }
+        false
+    }
+
+    /// The ids from `end` on are gone.
+    fn cut(&mut self, at: usize, end: usize) {
+        if end < self.end {
+            (self.at, self.end) = (at, end);
         }
     }
-    Some(halves)
+}
+
+/// Of how few bytes a long piece is made over and over: a character, or a few that make one picture. Zero: of more.
+fn period(piece: &[u8]) -> usize {
+    const SHORTEST: usize = 256;
+    const LONGEST: usize = 32;
+    let is = |&period: &usize| shared_prefix(piece, &piece[period..]) == piece.len() - period;
+    if piece.len() < SHORTEST { 0 } else { (1..=LONGEST).find(is).unwrap_or(0) }
+}
+
+/// What each token was merged from, and proof that merging makes every token of its bytes.
+fn halves(vocab: &Vocab) -> Option<Vec<(u32, u32)>> {
+    let mut tokens = Tokens { vocab, halves: Vec::new(), next: 0, lengths: 2..=16, all: true };
+    tokens.halves.extend((0..vocab.id_bound()).map(|id| (id, id)));
+    lanes::merge::<16>(vocab, &mut tokens);
+    (tokens.next, tokens.lengths) = (0, 17..=lanes::MOST);
+    lanes::merge::<{ lanes::MOST }>(vocab, &mut tokens);
+    (tokens.next, tokens.lengths) = (0, lanes::MOST + 1..=usize::MAX);
+    let mut scratch = Scratch::default();
+    let mut parts = Vec::new();
+    while let Some((number, token, limit)) = tokens.next() {
+        parts.clear();
+        scratch.set_limit(limit);
+        scratch.merge(vocab, token, &mut parts);
+        tokens.done(number, &parts);
+    }
+    tokens.all.then_some(tokens.halves)
+}
+
+/// The tokens that have some number of bytes, each to be merged without itself and what came after it.
+struct Tokens<'a> {
+    vocab: &'a Vocab,
+    halves: Vec<(u32, u32)>,
+    next: u32,
+    lengths: RangeInclusive<usize>,
+    /// Whether all so far are made of two earlier ones.
+    all: bool,
+}
+
+impl<'a> Work for Tokens<'a> {
+    fn next(&mut self) -> Option<(usize, &'a [u8], u32)> {
+        while self.next < self.vocab.id_bound() {
+            let id = self.next;
+            self.next += 1;
+            match self.vocab.bytes(id) {
+                Some(token) if self.lengths.contains(&token.len()) => return Some((id as usize, token, id)),
+                _ => {}
+            }
+        }
+        None
+    }
+
+    fn done(&mut self, number: usize, parts: &[u32]) {
+        match parts {
+            [left, right] if (*left.max(right) as usize) < number => self.halves[number] = (*left, *right),
+            _ => self.all = false,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -245,11 +344,17 @@ mod tests {
         Vocab::from_merges(&std::array::from_fn::<u8, 256, _>(|i| i as u8), &merges).unwrap()
     }
 
+    /// One to five letters over and over, cut anywhere.
+    fn periodic() -> impl Strategy<Value = String> {
+        (prop_oneof!["[abc]{1,5}", "[abc]{6,40}"], 200..1200usize)
+            .prop_map(|(unit, len)| unit.chars().cycle().take(len).collect())
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn left_to_right_gives_what_merging_gives(piece in prop_oneof!["[abc]{1,12}", "[abc]{1,300}", "a{1,300}", "[ab]{1,200}"]) {
+        fn left_to_right_gives_what_merging_gives(piece in prop_oneof!["[abc]{1,12}", "[abc]{1,300}", "a{1,300}", "[ab]{1,200}", periodic()]) {
             let vocab = vocab();
             let (mut fast, mut slow) = (Vec::new(), Vec::new());
             Prefixes::new(&vocab).unwrap().encode(&vocab, piece.as_bytes(), &mut Steps::default(), &mut fast);

@@ -4,7 +4,8 @@
 
 use crate::chunk::{Item, Key};
 use crate::count::hash_bytes;
-use crate::memory::ask_for_huge_pages;
+use crate::memory::Zeros;
+use crate::runs::prefetch;
 
 /// 2^18 lines of 64 bytes: 16 MB, or half a million pieces. 20 MB of mixed text has 300,000.
 const LINES: usize = 1 << 18;
@@ -67,10 +68,8 @@ struct Long {
 
 #[derive(Debug, Default)]
 pub struct Cache {
-    /// Key, value, key, value on each line. Zeroed memory that is not touched costs nothing.
-    lines: Vec<Words>,
-    /// Entries before the first whole cache line.
-    skip: usize,
+    /// Key, value, key, value on each line.
+    lines: Zeros<Words>,
     long: Vec<Long>,
     long_bytes: Vec<u8>,
     long_ids: Vec<u32>,
@@ -80,9 +79,7 @@ impl Cache {
     /// Memory for the short pieces, once.
     pub fn prepare(&mut self) {
         if self.lines.is_empty() {
-            self.lines = vec![[0; 4]; LINES * 4 + 3];
-            ask_for_huge_pages(&self.lines);
-            self.skip = (self.lines.as_ptr() as usize).wrapping_neg() % 64 / 16;
+            self.lines = Zeros::new(LINES * 4);
         }
     }
 
@@ -93,7 +90,7 @@ impl Cache {
 
     #[inline(always)]
     fn line(&self, hash: u64) -> usize {
-        self.skip + (hash as usize % LINES) * 4
+        (hash as usize % LINES) * 4
     }
 
     #[inline(always)]
@@ -113,6 +110,7 @@ impl Cache {
     }
 
     /// `get` from the neighbouring line, where pieces go that find no place in their own.
+    #[inline(always)]
     pub fn get_beside(&mut self, key: Key, hash: u64) -> Option<Packed> {
         let at = self.line(hash ^ 1);
         Self::get_in(self.line_at(at), &words(key))
@@ -154,6 +152,23 @@ impl Cache {
         let line = self.line_at(at);
         line[way] = words(item.key);
         line[way + 1] = Packed::new(ids).0;
+    }
+
+    /// Asks for the memory that `get_long` is going to read first.
+    pub fn ask_for_long(&self, hash: u64) {
+        if let Some(entry) = self.long.get(hash as usize % LONG_SLOTS) {
+            prefetch(entry);
+        }
+    }
+
+    /// Asks for what `get_long` is going to read next.
+    pub fn ask_for_long_ids(&self, hash: u64) {
+        if let Some(entry) = self.long.get(hash as usize % LONG_SLOTS)
+            && entry.hash == hash
+        {
+            prefetch(&self.long_bytes[entry.bytes as usize]);
+            prefetch(&self.long_ids[entry.ids as usize]);
+        }
     }
 
     pub fn get_long(&self, piece: &[u8], hash: u64) -> Option<&[u32]> {
@@ -202,7 +217,7 @@ impl Cache {
 
     /// Bytes held; at most 17 MB for short pieces and 15 MB for long ones.
     pub fn bytes(&self) -> usize {
-        self.lines.capacity() * 16
+        self.lines.len() * 16
             + self.long.capacity() * size_of::<Long>()
             + self.long_bytes.capacity()
             + self.long_ids.capacity() * 4

@@ -3,7 +3,7 @@
 use crate::runs::prefetch;
 
 /// Pieces under way at once: enough to hide a miss of the last cache, few enough to stay in the first.
-pub const CHUNK: usize = 64;
+pub const CHUNK: usize = 128;
 /// The longest piece that is its own key.
 pub const SHORT: usize = 15;
 
@@ -17,6 +17,13 @@ pub struct Item {
     pub hash: u64,
     pub start: u32,
     pub len: u32,
+}
+
+impl Item {
+    #[inline(always)]
+    pub fn bytes(self, text: &[u8]) -> &[u8] {
+        &text[self.start as usize..(self.start + self.len) as usize]
+    }
 }
 
 /// By the length of a piece: the bits that are its bytes, and its length in the last byte.

@@ -5,9 +5,11 @@ use std::collections::BinaryHeap;
 
 use crate::backtrack::Steps;
 use crate::cache::{Cache, INLINE};
-use crate::chunk::{Chunk, Item};
+use crate::chunk::Chunk;
+use crate::runs::prefetch;
+use crate::unknown::{ToMerge, Unknown};
 use crate::vocab::{NONE, Vocab};
-use crate::{repeat, short};
+use crate::{lanes, repeat, short};
 
 /// Buffers that outlive a text, and a cache of pieces met before (`Cache` says how large it may become).
 /// `limit` hides the tokens from that id on (to find what a token is made of).
@@ -25,6 +27,42 @@ pub struct Scratch {
     /// The vocabulary that the cache belongs to.
     owner: u64,
     lent: Vec<u32>,
+    /// What `finish` writes on.
+    holes: Vec<Hole>,
+    unknown: Vec<Unknown>,
+    aside: Vec<u32>,
+}
+
+/// A piece whose ids are to be put at `at`, among those of the others; they lie aside, from the one place to the other.
+#[derive(Debug, Clone, Copy)]
+struct Hole {
+    piece: usize,
+    at: usize,
+    state: State,
+    from: u32,
+    to: u32,
+}
+
+/// Where the ids of a piece are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// In the neighbouring line of the cache, if anywhere.
+    Beside,
+    /// With the long pieces, if anywhere.
+    Long,
+    /// With the long pieces under this hash, if anywhere. Zero: nowhere.
+    LongAt(u64),
+    Aside,
+    /// They are those of this one of the unknown pieces.
+    Unknown(u32),
+}
+
+impl Hole {
+    fn put_aside(&mut self, ids: &[u32], aside: &mut Vec<u32>) {
+        self.from = aside.len() as u32;
+        aside.extend_from_slice(ids);
+        (self.to, self.state) = (aside.len() as u32, State::Aside);
+    }
 }
 
 /// A lent buffer that grew beyond this many ids is not kept.
@@ -50,6 +88,9 @@ impl Scratch {
             cache: Cache::default(),
             owner: 0,
             lent: Vec::new(),
+            holes: Vec::new(),
+            unknown: Vec::new(),
+            aside: Vec::new(),
         }
     }
 
@@ -103,71 +144,153 @@ impl Scratch {
     #[inline(never)]
     pub fn finish(&mut self, vocab: &Vocab, text: &[u8], out: &mut Vec<u32>) {
         // Room for all hits, so that each is a store of fixed size and an addition.
-        let mut end = out.len();
-        out.resize(end + self.chunk.len() * INLINE, 0);
+        let first = out.len();
+        out.resize(first + self.chunk.len() * INLINE, 0);
+        let room = &mut out[first..];
+        let mut end = 0;
         for i in 0..self.chunk.len() {
             let (key, hash) = self.chunk.key(i);
             let known = if key == 0 { None } else { self.cache.get(key, hash) };
-            if let Some(packed) = known
-                && packed.len() > 0
-            {
-                out[end..end + INLINE].copy_from_slice(&packed.ids());
-                end += packed.len();
-                continue;
+            match known {
+                Some(packed) if packed.len() > 0 => {
+                    room[end..end + INLINE].copy_from_slice(&packed.ids());
+                    end += packed.len();
+                }
+                _ => {
+                    // An entry without ids says that the piece has many, which lie with those of long pieces.
+                    let state = if key == 0 || known.is_some() { State::Long } else { State::Beside };
+                    if state == State::Beside {
+                        prefetch(self.cache.place(hash ^ 1));
+                    }
+                    self.holes.push(Hole { piece: i, at: end, state, from: 0, to: 0 });
+                }
             }
-            out.truncate(end);
-            self.unknown(vocab, text, &self.chunk.item(i), known.is_some(), out);
-            end = out.len();
-            out.resize(end + (self.chunk.len() - i) * INLINE, 0);
         }
-        out.truncate(end);
+        out.truncate(first + end);
+        if !self.holes.is_empty() {
+            self.fill(first, vocab, text, out);
+        }
         self.chunk.clear();
     }
 
-    /// `kept`: the piece has too many ids for an entry of its own.
+    /// Puts the ids of the pieces that the first look did not find between those from `first` on.
     #[inline(never)]
-    fn unknown(&mut self, vocab: &Vocab, text: &[u8], item: &Item, kept: bool, out: &mut Vec<u32>) {
-        let piece = &text[item.start as usize..(item.start + item.len) as usize];
-        if item.key == 0 || kept {
-            return self.kept_piece(vocab, piece, out);
+    fn fill(&mut self, first: usize, vocab: &Vocab, text: &[u8], out: &mut Vec<u32>) {
+        let mut holes = std::mem::take(&mut self.holes);
+        let mut aside = std::mem::take(&mut self.aside);
+        for hole in &mut holes {
+            self.look_beside(hole, text, &mut aside);
         }
-        if let Some(packed) = self.cache.get_beside(item.key, item.hash) {
-            if packed.len() == 0 {
-                return self.kept_piece(vocab, piece, out);
+        for hole in &holes {
+            if let State::LongAt(hash) = hole.state {
+                self.cache.ask_for_long_ids(hash);
             }
-            return out.extend_from_slice(&packed.ids()[..packed.len()]);
         }
-        let first = out.len();
-        self.piece(vocab, piece, out);
-        // No ids: they are many, and kept with those of long pieces when the piece comes again.
-        let ids = if out.len() - first <= INLINE { &out[first..] } else { &[] };
-        self.cache.put(item, ids);
+        self.unknown.clear();
+        for hole in &mut holes {
+            self.look_long(hole, text, &mut aside);
+        }
+        self.merge_unknown(vocab, text, &mut aside);
+        let ids_of = |hole: &Hole| match hole.state {
+            State::Unknown(i) => {
+                let piece = &self.unknown[i as usize];
+                &aside[piece.from as usize..piece.to as usize]
+            }
+            _ => &aside[hole.from as usize..hole.to as usize],
+        };
+        let mut known = out.len();
+        let mut end = known + holes.iter().map(|hole| ids_of(hole).len()).sum::<usize>();
+        out.resize(end, 0);
+        for hole in holes.iter().rev() {
+            let ids = ids_of(hole);
+            let at = first + hole.at;
+            end -= known - at;
+            out.copy_within(at..known, end);
+            known = at;
+            end -= ids.len();
+            out[end..end + ids.len()].copy_from_slice(ids);
+        }
+        holes.clear();
+        aside.clear();
+        (self.holes, self.aside) = (holes, aside);
     }
 
-    /// A piece that is too long for a key, or has too many ids for an entry.
-    fn kept_piece(&mut self, vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
-        let Some(hash) = Cache::long_hash(piece) else { return self.piece(vocab, piece, out) };
-        if let Some(ids) = self.cache.get_long(piece, hash) {
-            out.extend_from_slice(ids);
-            return;
+    /// Looks for a short piece beside its place, and asks for the place of a long one.
+    fn look_beside(&mut self, hole: &mut Hole, text: &[u8], aside: &mut Vec<u32>) {
+        let (key, hash) = self.chunk.key(hole.piece);
+        if hole.state == State::Beside {
+            match self.cache.get_beside(key, hash) {
+                Some(packed) if packed.len() > 0 => {
+                    hole.put_aside(&packed.ids()[..packed.len()], aside);
+                }
+                Some(_) => hole.state = State::Long,
+                None => {}
+            }
         }
-        let first = out.len();
-        self.piece(vocab, piece, out);
-        self.cache.put_long(piece, hash, &out[first..]);
+        if hole.state == State::Long {
+            let hash = Cache::long_hash(self.chunk.item(hole.piece).bytes(text)).unwrap_or(0);
+            self.cache.ask_for_long(hash);
+            hole.state = State::LongAt(hash);
+        }
     }
 
-    /// Appends the ids of one piece of the split text.
-    fn piece(&mut self, vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
-        if let [byte] = piece {
-            out.push(vocab.byte_id(*byte));
-            return;
+    /// Looks for a long piece at its place, and notes what is nowhere.
+    fn look_long(&mut self, hole: &mut Hole, text: &[u8], aside: &mut Vec<u32>) {
+        let mut item = self.chunk.item(hole.piece);
+        let bytes = item.bytes(text);
+        match hole.state {
+            State::LongAt(hash) => {
+                if hash != 0
+                    && let Some(ids) = self.cache.get_long(bytes, hash)
+                {
+                    return hole.put_aside(ids, aside);
+                }
+                (item.key, item.hash) = (0, hash);
+            }
+            State::Beside => {}
+            _ => return,
         }
-        if let Some(id) = vocab.id(piece) {
-            return out.push(id);
+        let same = |other: &Unknown| {
+            (other.item.hash, other.item.key) == (item.hash, item.key) && other.item.bytes(text) == bytes
+        };
+        let found = self.unknown.iter().position(same).unwrap_or_else(|| {
+            self.unknown.push(Unknown::new(item));
+            self.unknown.len() - 1
+        });
+        hole.state = State::Unknown(found as u32);
+    }
+
+    /// Puts the ids of the unknown pieces aside and into the cache.
+    fn merge_unknown(&mut self, vocab: &Vocab, text: &[u8], aside: &mut Vec<u32>) {
+        let mut unknown = std::mem::take(&mut self.unknown);
+        for piece in &mut unknown {
+            let bytes = piece.item.bytes(text);
+            piece.from = aside.len() as u32;
+            if let Some(id) = vocab.id(bytes) {
+                aside.push(id);
+            } else if bytes.len() > lanes::MOST {
+                self.long_piece(vocab, bytes, aside);
+            }
+            piece.to = aside.len() as u32;
         }
-        if piece.len() <= short::MOST {
-            return short::merge(vocab, piece, self.limit, out);
+        let (pieces, limit) = (unknown.as_mut_slice(), self.limit);
+        lanes::merge::<16>(vocab, &mut ToMerge { text, pieces, lengths: 1..=16, limit, aside, next: 0 });
+        let pieces = unknown.as_mut_slice();
+        lanes::merge::<64>(vocab, &mut ToMerge { text, pieces, lengths: 17..=64, limit, aside, next: 0 });
+        for Unknown { item, from, to } in &unknown {
+            let ids = &aside[*from as usize..*to as usize];
+            if item.key != 0 {
+                // No ids: they are many, and kept with those of long pieces when the piece comes again.
+                self.cache.put(item, if ids.len() <= INLINE { ids } else { &[] });
+            } else if item.hash != 0 {
+                self.cache.put_long(item.bytes(text), item.hash, ids);
+            }
         }
+        self.unknown = unknown;
+    }
+
+    /// Appends the ids of a piece that is no token and longer than `lanes::MOST`.
+    fn long_piece(&mut self, vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
         if repeat::merge(vocab, piece, self.limit, out) {
             return;
         }

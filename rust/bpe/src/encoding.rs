@@ -1,8 +1,7 @@
 //! An encoding: vocabulary, split pattern, special tokens. Immutable, so threads share it freely.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, OnceLock};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use sha2::{Digest, Sha256};
@@ -10,8 +9,9 @@ use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
 use crate::encode::Scratch;
 use crate::error::{Error, Result};
-use crate::split::Pattern;
-use crate::train::{all_cores, split_by_bytes};
+use crate::repeat;
+use crate::split::{Pattern, Pieces};
+use crate::threads::{all_cores, in_turn, split_by_bytes};
 use crate::vocab::{Vocab, show};
 
 #[derive(Debug)]
@@ -23,10 +23,15 @@ pub struct Encoding {
     /// Whether text is brought into Unicode's normal form C first.
     nfc: bool,
     hash: OnceLock<String>,
-    /// Scratches with warm caches, at most one for each thread that encoded at the same time as others.
-    #[expect(clippy::vec_box, reason = "a scratch of 2 KB moves out and in at every call")]
+    /// Scratches with warm caches, at most one for each thread that encoded at the same time as others. Boxed, as one of
+    /// 6 KB moves out and in at every call.
     idle: Mutex<Vec<Box<Scratch>>>,
 }
+
+/// How often the list of idle scratches is tried: ten microseconds.
+const TRIES: usize = 1000;
+/// Bytes of a run of texts that a thread takes at once.
+const RUN_BYTES: usize = 1 << 18;
 
 /// A choice among the special tokens of an encoding.
 #[derive(Debug, Clone)]
@@ -183,7 +188,7 @@ impl Encoding {
         };
         let (vocab, bytes) = (&*self.vocab, text.as_bytes());
         scratch.begin(vocab);
-        self.pattern.split(text, |start, end| scratch.push(vocab, bytes, start, end - start, out))?;
+        self.pattern.split(text, Sink { vocab, bytes, scratch, out })?;
         scratch.finish(vocab, bytes, out);
         Ok(())
     }
@@ -238,12 +243,11 @@ impl Encoding {
 
     /// Lends a scratch whose cache may know this encoding's pieces already.
     ///
-    /// Never waits: where the list of idle ones is taken (by a thread that is putting its own back, or that a fork
-    /// left behind), a new one is made.
+    /// Never waits long: where the list of idle ones stays taken (a fork may have left it so), a new one is made.
     pub fn with_scratch<T>(&self, work: impl FnOnce(&mut Scratch) -> T) -> T {
-        let mut scratch = self.idle.try_lock().ok().and_then(|mut idle| idle.pop()).unwrap_or_default();
+        let mut scratch = self.idle().and_then(|mut idle| idle.pop()).unwrap_or_default();
         let result = work(&mut scratch);
-        if let Ok(mut idle) = self.idle.try_lock()
+        if let Some(mut idle) = self.idle()
             && idle.len() < all_cores()
         {
             idle.push(scratch);
@@ -251,34 +255,43 @@ impl Encoding {
         result
     }
 
+    /// The list of idle scratches. Others hold it for some nanoseconds, and a cold cache costs milliseconds.
+    fn idle(&self) -> Option<MutexGuard<'_, Vec<Box<Scratch>>>> {
+        (0..TRIES).find_map(|_| {
+            std::hint::spin_loop();
+            self.idle.try_lock().ok()
+        })
+    }
+
     /// The ids of all texts as `encode_ordinary` gives them, one after the other, and where each text ends, on
     /// `threads` threads: a pair for each run of texts.
+    ///
+    /// Threads take runs in turn, as texts of equal length may take times that differ tenfold.
     pub fn encode_flat<S: AsRef<str> + Sync>(
         &self,
         texts: &[S],
         threads: usize,
     ) -> Result<Vec<(Vec<u32>, Vec<usize>)>> {
-        let work = |share: &[S]| {
-            self.with_scratch(|scratch| -> Result<(Vec<u32>, Vec<usize>)> {
-                let bytes: usize = share.iter().map(|text| text.as_ref().len()).sum();
-                let mut ids = Vec::with_capacity(bytes / 3);
-                let mut ends = Vec::with_capacity(share.len());
-                for text in share {
-                    self.encode_ordinary(text.as_ref(), scratch, &mut ids)?;
-                    ends.push(ids.len());
-                }
-                Ok((ids, ends))
-            })
-        };
-        let mut shares = split_by_bytes(texts, threads.max(1)).into_iter().filter(|share| !share.is_empty());
-        let Some(own) = shares.next() else { return Ok(Vec::new()) };
-        thread::scope(|scope| {
-            let jobs: Vec<_> = shares.map(|share| scope.spawn(move || work(share))).collect();
-            let mut all = vec![work(own)?];
-            for job in jobs {
-                all.push(job.join().expect("encoding does not panic")?);
+        let bytes = |share: &[S]| share.iter().map(|text| text.as_ref().len()).sum::<usize>();
+        let runs = if threads > 1 { (bytes(texts) / RUN_BYTES).max(threads) } else { 1 };
+        let shares: Vec<&[S]> = split_by_bytes(texts, runs).into_iter().filter(|share| !share.is_empty()).collect();
+        let encode = |share: &[S], scratch: &mut Scratch| -> Result<(Vec<u32>, Vec<usize>)> {
+            let mut ids = Vec::with_capacity(bytes(share) / 3);
+            let mut ends = Vec::with_capacity(share.len());
+            for text in share {
+                self.encode_ordinary(text.as_ref(), scratch, &mut ids)?;
+                ends.push(ids.len());
             }
-            Ok(all)
+            Ok((ids, ends))
+        };
+        in_turn(shares.len(), threads, |take| {
+            self.with_scratch(|scratch| {
+                let mut done = Vec::new();
+                while let Some(i) = take() {
+                    done.push((i, encode(shares[i], scratch)?));
+                }
+                Ok(done)
+            })
         })
     }
 
@@ -335,6 +348,30 @@ impl Encoding {
     /// Why an id has no bytes.
     pub fn no_token(&self, id: u32) -> String {
         format!("no token has id {id}, the vocabulary has {} ids", self.vocab_size())
+    }
+}
+
+/// Takes the pieces of a text to their ids.
+struct Sink<'a> {
+    vocab: &'a Vocab,
+    bytes: &'a [u8],
+    scratch: &'a mut Scratch,
+    out: &'a mut Vec<u32>,
+}
+
+impl Pieces for Sink<'_> {
+    #[inline(always)]
+    fn piece(&mut self, start: usize, end: usize) {
+        self.scratch.push(self.vocab, self.bytes, start, end - start, self.out);
+    }
+
+    #[inline(never)]
+    fn same(&mut self, start: usize, len: usize, count: usize) {
+        self.scratch.finish(self.vocab, self.bytes, self.out);
+        let first = self.out.len();
+        self.scratch.push(self.vocab, self.bytes, start, len, self.out);
+        self.scratch.finish(self.vocab, self.bytes, self.out);
+        repeat::again(self.out, first, count - 1);
     }
 }
 

@@ -1,13 +1,13 @@
 //! The id of two tokens together, in one cache line: a word of 8 bytes per pair in a table with room to spare.
 
-use crate::memory::ask_for_huge_pages;
+use crate::memory::Zeros;
 use crate::runs::prefetch;
 
 /// Ids are below `MAX_VOCAB_SIZE`, 1 << 24, so that a pair has 48 bits.
 const ID_BITS: u32 = 24;
 const PAIR_BITS: u32 = 2 * ID_BITS;
 const FEWEST_BITS: u32 = 16;
-/// Zero, as memory comes from the system: it is asked for huge pages before anything is written.
+/// As new memory is.
 const EMPTY: u64 = 0;
 /// The farthest that a pair may lie from its place: 255 would allow a slot that looks empty.
 const FARTHEST: u64 = 254;
@@ -16,7 +16,7 @@ const FARTHEST: u64 = 254;
 /// and the slot holds how far away it lies (8 bits), the other bits of the product (at most 32), and the id (24), all bits turned.
 #[derive(Debug)]
 pub struct Pairs {
-    slots: Vec<u64>,
+    slots: Zeros<u64>,
     bits: u32,
 }
 
@@ -28,9 +28,7 @@ impl Pairs {
     }
 
     fn with_bits(pairs: &[(u32, u32, u32)], bits: u32) -> Option<Self> {
-        let slots = vec![EMPTY; 1 << bits];
-        ask_for_huge_pages(&slots);
-        let mut table = Self { slots, bits };
+        let mut table = Self { slots: Zeros::new(1 << bits), bits };
         for &(left, right, id) in pairs {
             let (mut at, tag) = table.place(left, right);
             let mut distance = 0;

@@ -3,6 +3,7 @@
 mod arguments;
 mod encoding;
 mod ids;
+mod integers;
 mod train;
 
 use pyo3::exceptions::{PyOSError, PyValueError};

@@ -63,6 +63,18 @@ pub fn merge(vocab: &Vocab, piece: &[u8], limit: u32, out: &mut Vec<u32>) -> boo
     false
 }
 
+/// Appends `out[first..]` as often as `times` says.
+pub fn again(out: &mut Vec<u32>, first: usize, times: usize) {
+    let len = out.len() - first;
+    let end = out.len() + len * times;
+    out.reserve(len * times);
+    // What was appended is copied with the rest, so that few and long copies are made.
+    while out.len() < end {
+        let most = (out.len() - first).min(end - out.len());
+        out.extend_from_within(first..first + most);
+    }
+}
+
 /// Puts `new` for `len` runs from `at` on; empty runs vanish, and equal neighbours become one.
 fn replace(runs: &mut Vec<Run>, at: usize, len: usize, new: &[Run]) {
     runs.splice(at..at + len, new.iter().copied());

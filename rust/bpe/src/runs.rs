@@ -24,6 +24,13 @@ pub fn letters(block: &[u8; 16]) -> u32 {
     block.iter().enumerate().fold(0, |bits, (i, b)| bits | u32::from(b.is_ascii_alphabetic()) << i)
 }
 
+/// How many bytes two slices have in common from the start.
+pub fn shared_prefix(one: &[u8], other: &[u8]) -> usize {
+    let (blocks, others) = (one.as_chunks::<32>().0, other.as_chunks::<32>().0);
+    let same = 32 * blocks.iter().zip(others).take_while(|(a, b)| a == b).count();
+    same + one[same..].iter().zip(&other[same..]).take_while(|(a, b)| a == b).count()
+}
+
 /// Asks for the cache line of `place` before it is needed.
 #[inline(always)]
 pub fn prefetch<T>(place: &T) {

@@ -1,7 +1,8 @@
 //! The preset patterns by hand: where the piece that begins at a place ends, without backtracking.
 
 use crate::classes::{self, LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER};
-use crate::runs::letters;
+use crate::runs::{letters, shared_prefix};
+use crate::split::Pieces;
 use crate::window::{WINDOW, masks};
 
 /// The most pieces that are cut alone before a window is tried again.
@@ -19,23 +20,36 @@ impl<'t> Scanner<'t> {
         Self { bits: classes::bits(), text: text.as_bytes() }
     }
 
+    /// `digits`: how many digits make a piece, where the pattern cuts numbers.
     #[inline(always)]
-    pub fn all(self, next: impl Fn(&Self, usize) -> usize, mut each: impl FnMut(usize, usize)) {
+    pub fn all(self, digits: Option<usize>, next: impl Fn(&Self, usize) -> usize, mut pieces: impl Pieces) {
         let mut start = 0;
         while start < self.text.len() {
+            if let Some(digits) = digits
+                && let Some((len, count)) = self.same_numbers(start, digits)
+            {
+                pieces.same(start, len, count);
+                start += len * count;
+                continue;
+            }
             let end = next(&self, start);
-            each(start, end);
+            pieces.piece(start, end);
             start = end;
         }
     }
 
     /// Window by window, and piece by piece where windows get nowhere: beyond ASCII and in long runs.
     #[inline(always)]
-    pub fn all_gpt4<const DIGITS: usize, const END_FIRST: bool>(self, mut each: impl FnMut(usize, usize)) {
+    pub fn all_gpt4<const DIGITS: usize, const END_FIRST: bool>(self, mut pieces: impl Pieces) {
         let (mut start, mut alone, mut failures) = (0, 0, 0);
         while start < self.text.len() {
             if alone == 0 {
-                let end = self.window::<DIGITS>(start, &mut each);
+                if let Some((len, count)) = self.same_numbers(start, DIGITS) {
+                    pieces.same(start, len, count);
+                    start += len * count;
+                    continue;
+                }
+                let end = self.window::<DIGITS>(start, &mut pieces);
                 if end - start < WINDOW / 2 {
                     failures = MOST_ALONE.min(failures * 2 + 1);
                     alone = failures;
@@ -47,16 +61,38 @@ impl<'t> Scanner<'t> {
                 start = end;
             } else {
                 let end = self.gpt4::<DIGITS, END_FIRST>(start);
-                each(start, end);
+                pieces.piece(start, end);
                 start = end;
                 alone -= 1;
             }
         }
     }
 
-    /// Calls `each` with the pieces from `start` on that lie in a window; returns where the last one ends.
+    /// Where one digit over and over begins at `start`, which is the start of a piece: the bytes of a piece of `digits`
+    /// digits, and how many such pieces there are.
     #[inline(always)]
-    fn window<const DIGITS: usize>(&self, start: usize, each: &mut impl FnMut(usize, usize)) -> usize {
+    fn same_numbers(&self, start: usize, digits: usize) -> Option<(usize, usize)> {
+        let first = self.text[start];
+        if first < 0x80 && !(first.is_ascii_digit() && self.text.get(start + WINDOW) == Some(&first)) {
+            return None;
+        }
+        self.same_characters(start, digits)
+    }
+
+    #[inline(never)]
+    fn same_characters(&self, start: usize, digits: usize) -> Option<(usize, usize)> {
+        let (class, len) = self.class(start);
+        if class & NUMBER == 0 {
+            return None;
+        }
+        let rest = &self.text[start..];
+        let count = (len + shared_prefix(rest, &rest[len..])) / (len * digits);
+        if count > 1 { Some((len * digits, count)) } else { None }
+    }
+
+    /// Hands on the pieces from `start` on that lie in a window; returns where the last one ends.
+    #[inline(always)]
+    fn window<const DIGITS: usize>(&self, start: usize, pieces: &mut impl Pieces) -> usize {
         let mut padded = [0; WINDOW];
         let (block, len) = match self.text.get(start..start + WINDOW) {
             Some(block) => (block.try_into().expect("the range has 64 bytes"), WINDOW),
@@ -84,7 +120,7 @@ impl<'t> Scanner<'t> {
         let mut rest = cut.starts & !1;
         while rest != 0 {
             let to = start + rest.trailing_zeros() as usize;
-            each(from, to);
+            pieces.piece(from, to);
             from = to;
             rest &= rest - 1;
         }

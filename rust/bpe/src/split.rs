@@ -44,6 +44,24 @@ const HF_FORMS: [(&str, &str); 5] = [
 pub const PRESETS: [(&str, &str); 5] =
     [("ghostvis", GHOSTVIS), ("gpt2", GPT2), ("cl100k", CL100K), ("qwen2", QWEN2), ("o200k", O200K)];
 
+/// What takes the pieces of a text, in order.
+pub trait Pieces {
+    /// The piece `text[start..end]`.
+    fn piece(&mut self, start: usize, end: usize);
+
+    /// `count` pieces of `len` bytes from `start` on, all the same.
+    fn same(&mut self, start: usize, len: usize, count: usize) {
+        (0..count).for_each(|i| self.piece(start + i * len, start + (i + 1) * len));
+    }
+}
+
+impl<F: FnMut(usize, usize)> Pieces for F {
+    #[inline(always)]
+    fn piece(&mut self, start: usize, end: usize) {
+        self(start, end);
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Engine {
     Ghostvis,
@@ -135,24 +153,24 @@ impl Pattern {
         &self.regex
     }
 
-    /// Calls `each` with the start and end of each piece of `text` in order; together they are the text.
+    /// Hands on the start and end of each piece of `text`, to a closure or other `Pieces`; together they are the text.
     #[inline]
-    pub fn split(&self, text: &str, each: impl FnMut(usize, usize)) -> Result<()> {
+    pub fn split(&self, text: &str, pieces: impl Pieces) -> Result<()> {
         let scanner = Scanner::new(text);
         match &self.engine {
-            Engine::Ghostvis => scanner.all_gpt4::<2, false>(each),
-            Engine::Gpt2 => scanner.all(Scanner::gpt2, each),
-            Engine::Cl100k => scanner.all_gpt4::<3, true>(each),
-            Engine::Cl100kHf => scanner.all_gpt4::<3, false>(each),
-            Engine::Qwen2 => scanner.all_gpt4::<1, false>(each),
-            Engine::O200k => scanner.all(Scanner::o200k, each),
-            Engine::Custom(regex) => return split_with(regex, text, each),
+            Engine::Ghostvis => scanner.all_gpt4::<2, false>(pieces),
+            Engine::Gpt2 => scanner.all(None, Scanner::gpt2, pieces),
+            Engine::Cl100k => scanner.all_gpt4::<3, true>(pieces),
+            Engine::Cl100kHf => scanner.all_gpt4::<3, false>(pieces),
+            Engine::Qwen2 => scanner.all_gpt4::<1, false>(pieces),
+            Engine::O200k => scanner.all(Some(3), Scanner::o200k, pieces),
+            Engine::Custom(regex) => return split_with(regex, text, pieces),
         }
         Ok(())
     }
 }
 
-fn split_with(regex: &Regex, text: &str, mut each: impl FnMut(usize, usize)) -> Result<()> {
+fn split_with(regex: &Regex, text: &str, mut pieces: impl Pieces) -> Result<()> {
     let mut done = 0;
     for found in regex.find_iter(text) {
         let found = match found {
@@ -165,15 +183,15 @@ fn split_with(regex: &Regex, text: &str, mut each: impl FnMut(usize, usize)) -> 
             }
         };
         if found.start() > done {
-            each(done, found.start());
+            pieces.piece(done, found.start());
         }
         if found.end() > found.start() {
-            each(found.start(), found.end());
+            pieces.piece(found.start(), found.end());
         }
         done = found.end();
     }
     if done < text.len() {
-        each(done, text.len());
+        pieces.piece(done, text.len());
     }
     Ok(())
 }

@@ -3,13 +3,13 @@
 //! The result is a function of the text alone: ties go to the smallest (left id, right id), counts are 64-bit, and
 //! neither the number of threads nor the order of the texts matters.
 
-use std::sync::OnceLock;
 use std::thread;
 
 use crate::count::PieceCounts;
 use crate::error::{Error, Result};
 use crate::merge::{Merger, check_room};
 use crate::split::Pattern;
+use crate::threads::split_by_bytes;
 
 /// Ids are u32 and every merge costs memory; no tokenizer in use is near this.
 pub const MAX_VOCAB_SIZE: usize = 1 << 24;
@@ -111,39 +111,6 @@ impl Trainer {
         progress(learned.len())?;
         Ok(learned)
     }
-}
-
-/// Cuts `texts` into `shares` consecutive runs of about equal bytes.
-pub fn split_by_bytes<S: AsRef<str>>(texts: &[S], shares: usize) -> Vec<&[S]> {
-    let total: usize = texts.iter().map(|t| t.as_ref().len()).sum();
-    let mut rest = texts;
-    let mut bytes_left = total;
-    (0..shares)
-        .map(|share| {
-            let goal = bytes_left.div_ceil(shares - share);
-            let mut taken = 0;
-            let count = rest
-                .iter()
-                .take_while(|t| {
-                    let before = taken;
-                    taken += t.as_ref().len();
-                    before < goal
-                })
-                .count();
-            let count = if share + 1 == shares { rest.len() } else { count };
-            let (own, others) = rest.split_at(count);
-            bytes_left -= own.iter().map(|t| t.as_ref().len()).sum::<usize>();
-            rest = others;
-            own
-        })
-        .collect()
-}
-
-/// The threads that `None` stands for.
-pub fn all_cores() -> usize {
-    // Asked once: the answer takes 30 us, as it reads the limits of the control group.
-    static CORES: OnceLock<usize> = OnceLock::new();
-    *CORES.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
 }
 
 pub fn check_sizes(vocab_size: usize, special_tokens: usize, min_frequency: i64) -> Result<()> {

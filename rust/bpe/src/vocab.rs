@@ -212,6 +212,11 @@ impl Vocab {
         self.prefixes.get_or_init(|| Prefixes::new(self)).as_ref()
     }
 
+    /// Bytes of the longest token.
+    pub fn longest(&self) -> usize {
+        self.longest
+    }
+
     /// A number that no other vocabulary of this process has.
     pub fn instance(&self) -> u64 {
         self.instance

@@ -52,6 +52,20 @@ proptest! {
     }
 
     #[test]
+    fn a_run_of_one_character_gives_the_ids_of_its_pieces(
+        character in prop::sample::select(vec!["1", "2", "中", "é", "a", " ", "٣"]),
+        times in 0..700usize,
+        around in "[a1 中.]{0,3}",
+    ) {
+        let encoding = encoding();
+        let text = format!("{around}{}{around}", character.repeat(times));
+        let mut alone = Vec::new();
+        let piece = |start: usize, end: usize| alone.extend(slow_merge(&encoding, &text.as_bytes()[start..end]));
+        encoding.pattern().split(&text, piece).unwrap();
+        prop_assert_eq!(ids(&encoding, &text), alone);
+    }
+
+    #[test]
     fn a_batch_is_each_text_alone(texts in prop::collection::vec("[ab c]{0,30}", 0..12), threads in 1usize..5) {
         let encoding = encoding();
         let alone: Vec<_> = texts.iter().map(|text| ids(&encoding, text)).collect();

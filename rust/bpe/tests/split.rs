@@ -82,11 +82,18 @@ fn windows_of_ascii() -> impl Strategy<Value = String> {
     prop::collection::vec(prop_oneof![letters, others], 0..120).prop_map(|parts| parts.concat())
 }
 
+/// One character over and over, of one to four bytes, between others.
+fn runs() -> impl Strategy<Value = String> {
+    let character = prop::sample::select(vec!["7", "0", "٣", "½", "𝟗", "我", "e", " ", "\n", "!", "😀"]);
+    let run = (character, 0..260usize).prop_map(|(character, times)| character.repeat(times));
+    prop::collection::vec(prop_oneof![run, "[0-9a .]{0,4}"], 0..6).prop_map(|parts| parts.concat())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_preset_splits_as_its_regex(text in prop_oneof![class_alphabet(), windows_of_ascii(), "[ -~\n]{0,300}", ".{0,40}"]) {
+    fn every_preset_splits_as_its_regex(text in prop_oneof![class_alphabet(), windows_of_ascii(), runs(), "[ -~\n]{0,300}", ".{0,40}"]) {
         for (preset, slow) in &*BOTH {
             prop_assert_eq!(pieces(preset, &text), pieces(slow, &text), "{} on {:?}", preset.regex(), text);
         }

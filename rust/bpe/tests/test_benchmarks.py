@@ -41,6 +41,6 @@ def test_the_benchmark_finds_no_difference_to_its_peers(corpus: str) -> None:
 def test_the_benchmark_measures_every_short_part(corpus: str) -> None:
     for name in ("rustbpe", "tiktoken", "numpy"):
         pytest.importorskip(name)
-    parts = ("train", "memory", "repeated", "lines", "batch", "decode", "load")
+    parts = ("train", "memory", "first", "repeated", "lines", "batch", "decode", "load")
     printed = run("bench.py", ",".join(parts), "--corpus", corpus, "--vocab-size", "900", "--runs", "1")
-    assert len(rows(printed)) == 1 + 1 + 2 + 1 + 1 + 3 + 2
+    assert len(rows(printed)) == 1 + 1 + 2 + 2 + 1 + 1 + 3 + 2

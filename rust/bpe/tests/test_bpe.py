@@ -201,6 +201,24 @@ def test_lone_surrogates_become_replacement_characters_and_pairs_are_joined(enco
     assert encoding.encode_ordinary("\ud83d\ude00") == encoding.encode_ordinary("😀")
 
 
+def test_lists_take_and_give_back_one_reference_for_each_id() -> None:
+    encoding = ghostvis_bpe.train(TEXTS, 370)
+    text = " ".join(TEXTS)
+    expected = encoding.encode_to_numpy(text).tolist()
+    lists = [encoding.encode_ordinary(text) for _ in range(8)]  # enough for the integers to be made once
+    assert all(one == expected and all(type(id) is int for id in one) for one in lists)
+    place = next(i for i, id in enumerate(expected) if id > 256 and lists[-1][i] is lists[-2][i])
+    integer = lists[-1][place]  # Python itself keeps the small ones for ever
+    before = sys.getrefcount(integer)
+    more = [encoding.encode_ordinary(text) for _ in range(3)]
+    assert sys.getrefcount(integer) == before + 3 * expected.count(integer)
+    del more
+    assert sys.getrefcount(integer) == before
+    lists[-1].append(1)
+    lists[-1].sort()
+    assert lists[-2] == expected
+
+
 def test_a_batch_is_each_text_alone_whatever_the_threads(encoding: Encoding) -> None:
     texts = [*TEXTS, "", "a"] * 5
     alone = [encoding.encode_ordinary(text) for text in texts]

@@ -8,7 +8,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use super::arguments::{names_of, rank_of, specials_of, text_of, texts_of, threads_of};
-use super::ids::{Integers, array_of, ids_of};
+use super::ids::{array_of, ids_of};
+use super::integers::Integers;
 use crate::encoding::Specials;
 use crate::error::{Error, Result};
 use crate::{Encoding, Pattern, Vocab, file};
@@ -128,11 +129,11 @@ impl PyEncoding {
             before += ids.len() as i64;
         }
         let ids: Vec<&[u32]> = shares.iter().map(|(ids, _)| ids.as_slice()).collect();
-        Ok((array_of(py, &ids, "u4")?, array_of(py, &[offsets.as_slice()], "i8")?))
+        Ok((array_of(py, &ids, "u4", threads)?, array_of(py, &[offsets.as_slice()], "i8", 1)?))
     }
 
     fn encode_to_numpy<'py>(&self, py: Python<'py>, text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
-        self.with_ids(py, text, |ids| array_of(py, &[ids], "u4"))?
+        self.with_ids(py, text, |ids| array_of(py, &[ids], "u4", 1))?
     }
 
     fn count(&self, py: Python<'_>, text: &Bound<'_, PyString>) -> PyResult<usize> {

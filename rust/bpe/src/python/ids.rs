@@ -1,15 +1,16 @@
 //! Token ids in and out of Python: lists, buffers, numpy arrays.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::mem::MaybeUninit;
+use std::thread;
 
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyByteArray, PyInt, PyList, PyTuple};
+use pyo3::types::{PyInt, PyList, PyTuple};
 
-use crate::runs::prefetch_at;
+use crate::memory::ask_for_huge_pages;
 
 /// Ids from a list, a tuple, any iterable of integers, or a one-dimensional integer buffer (numpy).
 pub(super) fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
@@ -71,58 +72,63 @@ fn unusual_id_of(item: Borrowed<'_, '_, PyAny>, i: usize) -> PyResult<u32> {
     })
 }
 
-/// How many integers ahead one is asked for.
-const AHEAD: usize = 32;
-
-/// Python's integer of each id: handing one out takes half the time of making one.
-#[derive(Default)]
-pub(super) struct Integers {
-    /// How many ids went into lists so far.
-    listed: AtomicUsize,
-    made: PyOnceLock<Vec<Py<PyInt>>>,
-}
-
-impl Integers {
-    /// A list of `ids`, which are below `size`. The integers are made once that many were asked for.
-    pub(super) fn list<'py>(&self, py: Python<'py>, ids: &[u32], size: u32) -> PyResult<Bound<'py, PyList>> {
-        if self.listed.fetch_add(ids.len(), Ordering::Relaxed) < size as usize {
-            return PyList::new(py, ids);
-        }
-        let make = || (0..size).map(|id| Ok(id.into_pyobject(py)?.unbind())).collect::<PyResult<Vec<_>>>();
-        let integers = self.made.get_or_try_init(py, make)?;
-        let address = |&id: &u32| integers[id as usize].as_ptr();
-        // SAFETY: the list has room for as many as `ids` has and takes over the reference that each integer gains.
-        unsafe {
-            let list = Bound::from_owned_ptr_or_err(py, ffi::PyList_New(ids.len() as ffi::Py_ssize_t))?;
-            for (i, id) in ids.iter().enumerate() {
-                // The integers are more than the second cache holds.
-                if let Some(ahead) = ids.get(i + AHEAD) {
-                    prefetch_at(address(ahead));
-                }
-                let integer = address(id);
-                ffi::Py_INCREF(integer);
-                ffi::PyList_SetItem(list.as_ptr(), i as ffi::Py_ssize_t, integer);
-            }
-            Ok(list.cast_into_unchecked())
-        }
-    }
-}
-
-/// The parts, joined, as a numpy array of `dtype`, which is theirs. A bytearray lies under it, so it is writable.
-pub(super) fn array_of<'py, T: Copy>(py: Python<'py>, parts: &[&[T]], dtype: &str) -> PyResult<Bound<'py, PyAny>> {
+/// The parts, joined by as many threads, as a numpy array of `dtype`, which is theirs. A bytearray lies under it, so it
+/// is writable.
+pub(super) fn array_of<'py, T: Copy + Sync>(
+    py: Python<'py>,
+    parts: &[&[T]],
+    dtype: &str,
+    threads: usize,
+) -> PyResult<Bound<'py, PyAny>> {
     static FROM_BUFFER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let from_buffer =
         FROM_BUFFER.get_or_try_init(py, || Ok::<_, PyErr>(py.import("numpy")?.getattr("frombuffer")?.unbind()))?;
     let bytes: usize = parts.iter().map(|part| size_of_val(*part)).sum();
-    let buffer = PyByteArray::new_with(py, bytes, |mut rest| {
-        for part in parts {
-            // SAFETY: `T` is u32 or i64, which have no padding, so their memory is initialised bytes.
-            let raw = unsafe { std::slice::from_raw_parts(part.as_ptr().cast::<u8>(), size_of_val(*part)) };
-            let (own, others) = rest.split_at_mut(raw.len());
-            own.copy_from_slice(raw);
-            rest = others;
-        }
-        Ok(())
-    })?;
+    // SAFETY: without a source the bytes are not initialised; nobody else sees them before `join` has written them all.
+    let (buffer, room) = unsafe {
+        let buffer = ffi::PyByteArray_FromStringAndSize(std::ptr::null(), bytes as ffi::Py_ssize_t);
+        let buffer = Bound::from_owned_ptr_or_err(py, buffer)?;
+        let start = ffi::PyByteArray_AsString(buffer.as_ptr()).cast::<MaybeUninit<u8>>();
+        (buffer, std::slice::from_raw_parts_mut(start, bytes))
+    };
+    if bytes < JOIN_BYTES {
+        join(parts, room, 1);
+    } else {
+        py.detach(|| {
+            ask_for_huge_pages(room);
+            join(parts, room, threads);
+        });
+    }
     from_buffer.bind(py).call1((buffer, dtype))
+}
+
+/// Fewer bytes than this are copied by one thread, before another would have begun.
+const JOIN_BYTES: usize = 1 << 20;
+
+/// Copies the parts, one after the other, over `room`, which has their size.
+fn join<T: Copy + Sync>(parts: &[&[T]], room: &mut [MaybeUninit<u8>], threads: usize) {
+    let goal = room.len().div_ceil(threads).max(1);
+    thread::scope(|scope| {
+        let mut shares = room.chunks_mut(goal).enumerate();
+        let own = shares.next();
+        for (i, share) in shares {
+            scope.spawn(move || copy_from(parts, i * goal, share));
+        }
+        if let Some((_, share)) = own {
+            copy_from(parts, 0, share);
+        }
+    });
+}
+
+/// Fills `room` with the bytes of the parts from byte `skip` on.
+fn copy_from<T: Copy>(parts: &[&[T]], mut skip: usize, mut room: &mut [MaybeUninit<u8>]) {
+    for part in parts {
+        // SAFETY: `T` is u32 or i64, which have no padding, so their memory is initialised bytes.
+        let raw = unsafe { std::slice::from_raw_parts(part.as_ptr().cast::<u8>(), size_of_val(*part)) };
+        let raw = &raw[skip.min(raw.len())..];
+        skip -= size_of_val(*part) - raw.len();
+        let (own, rest) = room.split_at_mut(raw.len().min(room.len()));
+        own.write_copy_of_slice(&raw[..own.len()]);
+        room = rest;
+    }
 }
