@@ -54,8 +54,8 @@ def test_graphs_write_what_the_cpu_writes_whatever_the_settings(model):
     expected = ask(Engine(model), wanted)
     cuda = copy.deepcopy(model).cuda()
     engine = Engine(cuda)
-    assert engine._step.graphs
     assert ask(engine, wanted) == expected
+    assert engine._step.graphs
     assert ask(Engine(cuda, max_batch=4), wanted) == expected
     assert ask(Engine(cuda, graphs=False), wanted) == expected
     alone = [ask(Engine(cuda), [one])[0] for one in wanted[::4]]

@@ -1,11 +1,15 @@
-"""A picture that is shown several times is encoded once, and nothing else changes."""
+"""A picture shown several times is encoded once, and nothing else changes; each is fitted as its encoder wants."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ghostvis_model.chat import RenderError
-from ghostvis_model.images import distinct
+from ghostvis_model.images import distinct, to_pixels
+from ghostvis_model.prompts import chat_prompt
 
 N = 9
 
@@ -65,6 +69,15 @@ def test_training_encodes_what_the_loader_says(model):
     torch.testing.assert_close(shared, loss)
     for parameter, gradient in zip(model.connector.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "resize"])
+def test_a_picture_is_fitted_as_the_encoder_wants_it(model, fit):
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    model.config = replace(model.config, vision=replace(model.config.vision, fit=fit))
+    (pixels,) = chat_prompt(model, "What is it?", images=[wide]).pixels
+    assert np.array_equal(pixels, to_pixels(wide, 48, fit))
+    assert not np.array_equal(to_pixels(wide, 48, "letterbox"), to_pixels(wide, 48, "resize"))
 
 
 def test_a_count_mismatch_is_the_error_of_the_house(model):

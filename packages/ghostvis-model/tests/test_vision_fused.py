@@ -271,7 +271,7 @@ def test_a_cpu_takes_timms_forward_bit_for_bit():
     assert torch.equal(found, tower.encoder.forward_features((images.float() / 255 - tower.mean) / tower.std))
 
 
-KERNEL = """
+NORM = """
 import torch
 import torch.nn.functional as F
 from ghostvis_model import vision_triton
@@ -290,22 +290,55 @@ for rows, width in ((1, 64), (70, 72), (3, 1024), (2, 5000)):
                 vision_triton.layer_norm(x, carried, weight, bias, 1e-6, found)
                 near = 1e-5 if found.dtype == torch.float32 else 0.01
                 torch.testing.assert_close(found.float(), wanted, rtol=near, atol=near)
-print("equal")
+print("norm")
+"""
+
+ATTENTION = """
+import torch
+from ghostvis_model import vision_triton
+
+generator = torch.Generator().manual_seed(0)
+for tokens in (50, 64, 129):
+    for stretch in (1, 60):  # with 60 some scores are more than 69 above a token's own: computed again
+        qkv = torch.randn(2 * tokens, 3 * 64, generator=generator)
+        qkv[:, :64] *= stretch
+        found = vision_triton.attention(qkv, tokens, 2)
+        q, k, v = (part.view(2, tokens, 2, 32).transpose(1, 2) for part in qkv.split(64, 1))
+        scores = q @ k.mT / 32**0.5
+        above = (scores.amax(-1) - scores.diagonal(dim1=-2, dim2=-1)).max()
+        assert bool(above > 70) == (stretch > 1), above
+        wanted = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2 * tokens, 64)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+print("attention")
+"""
+
+PATCHES = """
+import torch
+from ghostvis_model import vision_fused, vision_triton
+
+for count, size, grid, side in ((3, 38, 4, 9), (1, 38, 2, 16), (2, 32, 4, 8)):
+    for images in (torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
+                   torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)):
+        wanted = vision_fused.patches(images, grid, side, torch.float32)
+        assert wanted.shape == (count, grid * grid, 3 * side * side)
+        assert torch.equal(vision_triton.patches(images, grid, side, torch.float32), wanted)
+print("patches")
 """
 
 
-def test_the_kernel_is_the_plain_norm():
+def test_the_kernels_are_what_they_stand_for_in_plain_torch():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.stdout == "equal\n", done.stderr[-3000:]
+    program = NORM + ATTENTION + PATCHES  # one process: it takes longer to import than to compute
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "norm\nattention\npatches\n", done.stderr[-3000:]
 
 
-# On CUDA: heads of 64, and enough tokens for our attention.
+# On CUDA, with heads of 64 that our attention takes, and others.
 
 LARGE = {
-    "siglip": replace(SIGLIP, hidden_size=128, num_heads=2),
-    "clip": replace(CLIP, hidden_size=128, num_heads=2),
+    "siglip": replace(SIGLIP, hidden_size=128, num_heads=2, image_size=128),
+    "clip": replace(CLIP, hidden_size=128, num_heads=2, image_size=96),
     "exact GELU": replace(SIGLIP, activation="", hidden_size=128, num_heads=2),
     "heads of 72": replace(SIGLIP, hidden_size=144, num_heads=2),
 }
@@ -323,6 +356,24 @@ def test_on_cuda_it_is_no_further_from_the_truth_than_timm(config, count, dtype)
     pixels = (images.to(dtype) / 255 - tower.mean) / tower.std
     theirs = tower.encoder.forward_features(pixels)[:, tower.encoder.num_prefix_tokens :]
     assert found.dtype == theirs.dtype
+    assert error(found, wanted) < 1.2 * error(theirs, wanted) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("stretch", [1, 60])  # with 60 some scores are far above a token's own: computed again
+@pytest.mark.parametrize("tokens", [16, 145, 576])
+def test_on_cuda_attention_is_no_further_from_the_truth_than_torchs(tokens, stretch, dtype):
+    from ghostvis_model import vision_triton
+
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(3 * tokens, 3 * 256, generator=generator)
+    qkv[:, :256] *= stretch
+    qkv = qkv.to("cuda", dtype)
+    q, k, v = (part.view(3, tokens, 4, 64).transpose(1, 2) for part in qkv.split(256, 1))
+    theirs = nn.functional.scaled_dot_product_attention(q, k, v)
+    wanted = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = vision_triton.attention(qkv, tokens, 4).view(3, tokens, 4, 64).transpose(1, 2)
     assert error(found, wanted) < 1.2 * error(theirs, wanted) < 0.02
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ghostvis_kernels.tiles import launches_early
 from ghostvis_model.int8 import Int8Linear
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class FusedStep:
         text, decoder = model.config.text, model.decoder
         device, dtype = decoder.embed_tokens.weight.device, decoder.embed_tokens.weight.dtype
         self._model, self._rows = model, rows
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._pdl = launches_early(device)
         heads, kv_heads, size = text.num_heads, text.num_kv_heads, text.head_dim
         groups = heads // kv_heads
         wanted = PIECES_PER_SM * _multiprocessors(device) // kv_heads

@@ -83,10 +83,7 @@ class DecodeStep:
         step; graphs that others have captured over these weights must be captured anew.
         """
         self._model = model
-        possible = model.device.type == "cuda" and not _waits_for_the_host(model)
-        if graphs and not possible:
-            raise ValueError(f"no CUDA graphs on {model.device}, or for experts in float32: pass graphs=None")
-        self.graphs = possible if graphs is None else graphs
+        self.graphs = captures(model, graphs)
         self._captured: dict[tuple[int, Mode], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._captured_for: Rows | None = None
         self._fused: FusedStep | None = None
@@ -189,6 +186,14 @@ class DecodeStep:
             return self._fused.chosen, None
         logits, _ = self._logits(rows, count, mode)
         return self._choose(rows, count, mode, logits)
+
+
+def captures(model: GhostVis, graphs: bool | None) -> bool:
+    """Whether steps are captured as CUDA graphs; None: where they can be. Raises ValueError where they cannot."""
+    possible = model.device.type == "cuda" and not _waits_for_the_host(model)
+    if graphs and not possible:
+        raise ValueError(f"no CUDA graphs on {model.device}, or for experts in float32: pass graphs=None")
+    return possible if graphs is None else graphs
 
 
 def _waits_for_the_host(model: GhostVis) -> bool:

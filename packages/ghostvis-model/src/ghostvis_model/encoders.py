@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ghostvis_model.errors import ConfigError
+
+Fit = Literal["letterbox", "resize"]
+"""How a picture comes into the square: with its proportions and a border, or stretched."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class VisionConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     activation: str = ""
     """timm's name of the MLP's activation; "" is timm's own choice, which is not always that of the weights."""
+    fit: Fit = "letterbox"
+    """How pictures come into its square. Checkpoints that do not say were trained on letterboxed ones."""
 
     @property
     def grid(self) -> int:
@@ -49,14 +55,25 @@ _TABLE = {
     "eva_giant": ("eva_giant_patch14_clip_224.laion400m", 224, 14, 1408, 40, 16, 6144, 1_011_146_112),
     "tiny": ("vit_tiny_patch16_224", 48, 8, 128, 3, 2, 384, 525_696),
 }
-_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+_HALF = (0.5, 0.5, 0.5)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # timm gives both of these the exact GELU; transformers and the original code have these approximations.
 _ACTIVATIONS = {"siglip": "gelu_tanh", "openai": "quick_gelu"}
 
 
 def _row(name: str, facts: tuple[str, int, int, int, int, int, int, int]) -> VisionConfig:
     activation = next((act for mark, act in _ACTIVATIONS.items() if mark in facts[0]), "")
-    return VisionConfig(name, *facts, activation=activation, **(_CLIP if "clip" in facts[0] else {}))
+    mean, std = (_CLIP_MEAN, _CLIP_STD) if "clip" in facts[0] else (_HALF, _HALF)
+    return VisionConfig(name, *facts, mean=mean, std=std, activation=activation, fit=published_fit(facts[0]))
+
+
+def published_fit(timm_name: str) -> Fit:
+    """How an encoder of timm is to see a picture whole: stretched where its weights have learned from stretched ones.
+
+    SigLIP's have. CLIP's and EVA's have seen the middle of each picture; a crop would lose what stands at the edge of
+    a chart, so theirs are letterboxed.
+    """
+    return "resize" if "siglip" in timm_name else "letterbox"
 
 
 ENCODERS: dict[str, VisionConfig] = {name: _row(name, facts) for name, facts in _TABLE.items()}

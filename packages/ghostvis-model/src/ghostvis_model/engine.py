@@ -19,16 +19,16 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ghostvis_model.admission import check_prompt, embed_prompts
 from ghostvis_model.calculator import CalculatorError, calculate
-from ghostvis_model.chat import Rendered, check_image_count
-from ghostvis_model.decode_step import DecodeStep, Rows
+from ghostvis_model.chat import Rendered
+from ghostvis_model.decode_step import DecodeStep, Rows, captures
 from ghostvis_model.errors import GhostVisError
 from ghostvis_model.kv_cache import Prefill
-from ghostvis_model.prompts import ContextOverflow, Prompt, chat_prompt, read_prompt
+from ghostvis_model.prompts import Prompt, chat_prompt, read_prompt
 from ghostvis_model.request import FinishReason, GenerationError, Launched, Request, Shared, ToolCall
 from ghostvis_model.sampling import Mode, Sampling, SamplingError, mode_of, sub_seed
 
@@ -71,8 +71,10 @@ class Engine:
             self._forbidden |= set(range(self.tokenizer.vocab_size, model.config.text.vocab_size))
         tool = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
         self._tool = tuple(special[name] for name in tool) if calculator and all(n in special for n in tool) else None
+        captures(model, graphs)  # tells now what the first request would meet
         self._graphs, self._fused = graphs, fused
-        self._step = DecodeStep(model, graphs, fused)
+        self._step: DecodeStep | None = None
+        """Made with the first request, and again when weights have moved."""
         self._rows: Rows | None = None
         self._occupied: dict[int, Request] = {}
         self._waiting: deque[Shared] = deque()
@@ -111,7 +113,7 @@ class Engine:
                 prompt = read_prompt(self.model, prompt)
             elif not isinstance(prompt, Prompt):
                 prompt = chat_prompt(self.model, prompt)
-            self._check(prompt, sampling)
+            check_prompt(self.model, prompt, sampling)
         except GhostVisError as error:
             for request in requests:
                 self._finish(request, "error", error)
@@ -175,28 +177,12 @@ class Engine:
         """Give the cache and the graphs back; the next request makes new ones."""
         if self._occupied or self._launched:
             raise ValueError("requests are under way: run or cancel them first")
-        self._step.forget()
+        if self._step is not None:
+            self._step.forget()
         self._left.clear()
         self._rows = None
 
     # Letting requests in.
-
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
-        text, images = self.model.config.text, len(prompt.pixels)
-        if len(prompt.ids) >= self._context:
-            raise ContextOverflow(
-                f"the prompt takes {len(prompt.ids)} tokens ({images} images of {self.model.config.tokens_per_image} "
-                f"each) and the model reads {self._context}; leave out older turns or images"
-            )
-        if not prompt.ids or not 0 <= min(prompt.ids) <= max(prompt.ids) < text.vocab_size:
-            raise GenerationError(
-                f"a prompt of {len(prompt.ids)} tokens, the ids of which are not all 0 to {text.vocab_size - 1}; "
-                "it was encoded with another tokenizer, or is empty"
-            )
-        slots = len(prompt.image_starts) * self.model.config.tokens_per_image
-        check_image_count(slots, images, self.model.config.tokens_per_image)
-        if wrong := [token for token in sampling.stop_ids if not 0 <= token < text.vocab_size]:
-            raise SamplingError(f"stop_ids {wrong} are not in the vocabulary of {text.vocab_size}")
 
     def _admit(self) -> None:
         """Read the prompts of waiting requests into free rows, up to a number of tokens, and choose first tokens."""
@@ -238,7 +224,7 @@ class Engine:
                 first[request.shared] = row
             prompts = [shared.prompt for shared in fresh]
             prefill = Prefill(rows.cache, [first[shared] for shared in fresh], [len(p.ids) for p in prompts])
-            hidden = self.model.decoder(self._embed(prompts), cache=prefill)
+            hidden = self.model.decoder(embed_prompts(self.model, prompts), cache=prefill)
             for shared, logits in zip(fresh, self.model.decoder.logits(hidden[0, prefill.last]), strict=True):
                 shared.logits = logits
                 shared.rows = {first[shared]: self._occupied[first[shared]]}
@@ -270,17 +256,6 @@ class Engine:
             for row, token in zip(where, chosen.clamp(min=0).tolist(), strict=True):
                 self._held.sampler.mark(row, [token])
         self._send_back(list(enumerate(requests)), chosen, logprobs)
-
-    def _embed(self, prompts: list[Prompt]) -> Tensor:
-        """Token and image embeddings of packed prompts, [1, N, D]."""
-        model, starts, at = self.model, [], 0
-        for prompt in prompts:
-            starts += [at + start for start in prompt.image_starts]
-            at += len(prompt.ids)
-        ids = torch.tensor([[token for prompt in prompts for token in prompt.ids]], device=model.device)
-        places = [start + offset for start in starts for offset in range(model.config.tokens_per_image)]
-        pixels = torch.from_numpy(np.concatenate([prompt.pixels for prompt in prompts]))
-        return model.embed(ids, pixels, torch.tensor(places, device=model.device).long())
 
     def _make_room(self, batch: int, length: int) -> None:
         """Let the rows hold `batch` answers of up to `length` tokens."""
@@ -325,6 +300,7 @@ class Engine:
         count = min(_power_of_two(max(self._occupied) + 1), self._held.batch)
         if self._mode is None:
             self._mode = mode_of([request.sampling for request in self._occupied.values()])
+        assert self._step is not None
         chosen, logprobs = self._step.run(self._held, count, self._mode)
         requests = [r for r in self._occupied.values() if r.launched < r.room and not r.forced]
         for request in requests:
@@ -462,7 +438,8 @@ class Engine:
             request.finish_reason = "error"
             request.error = GenerationError(f"the answer broke off: {error}")
             self._updated[request] = None
-        self._step.forget()
+        if self._step is not None:
+            self._step.forget()
         self._left.clear()
         self._rows = self._mode = None
 

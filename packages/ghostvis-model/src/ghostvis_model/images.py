@@ -4,7 +4,8 @@
     pixels = to_pixels(image, 384)                # the model normalises on its own device
 
 The whole picture is kept: no crop, no flip. Letterbox (the default) keeps the proportions and pads with mid-grey,
-which an encoder that normalises by mean 0.5 sees as zero; `fit="resize"` stretches instead.
+which an encoder that normalises by mean 0.5 sees as zero; `fit="resize"` stretches instead. Which of the two an encoder
+takes is said by its `VisionConfig.fit`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from os import PathLike
-from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from ghostvis_model.encoders import Fit
 from ghostvis_model.errors import GhostVisError
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = (
     "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor"
 )
-Fit = Literal["letterbox", "resize"]
 
 MAX_PIXELS = 89_000_000
 """About 9,400 x 9,400. Just under Pillow's own threshold, so that no picture we accept makes Pillow warn."""

@@ -36,8 +36,9 @@ class Prompt:
 
 def read_prompt(model: GhostVis, rendered: Rendered) -> Prompt:
     """Read a rendered conversation's pictures at the model's size. Raises ImageError for one that cannot be read."""
-    size = model.config.vision.image_size if model.config.vision else 1
-    pictures = [to_pixels(load_image(image), size) for image in rendered.images]
+    vision = model.config.vision
+    size, fit = (vision.image_size, vision.fit) if vision else (1, "letterbox")
+    pictures = [to_pixels(load_image(image), size, fit) for image in rendered.images]
     pixels = np.stack(pictures) if pictures else np.zeros((0, 3, size, size), np.uint8)
     return Prompt(rendered.ids, rendered.image_starts, pixels)
 

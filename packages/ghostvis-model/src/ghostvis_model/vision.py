@@ -14,7 +14,14 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from ghostvis_model.encoders import ENCODER_ALIASES, ENCODERS, VisionConfig, named_encoder, with_image_size
+from ghostvis_model.encoders import (
+    ENCODER_ALIASES,
+    ENCODERS,
+    VisionConfig,
+    named_encoder,
+    published_fit,
+    with_image_size,
+)
 from ghostvis_model.errors import ConfigError
 from ghostvis_model.vision_fused import Chosen
 from ghostvis_model.vision_weights import load_encoder_weights as load_encoder_weights  # beside the tower it fills
@@ -73,6 +80,7 @@ def _read(encoder: str, name: str, options: dict[str, Any]) -> VisionConfig:
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
+        fit="resize" if data["crop_mode"] == "squash" else published_fit(name),
     )
 
 
