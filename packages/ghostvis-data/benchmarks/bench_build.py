@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ghostvis_data.build import BuildReport, build_jsonl, build_published, survey_published
+from ghostvis_data.build import BuildOptions, BuildReport, build_jsonl, build_published, survey_published
 from ghostvis_data.readers.base import Survey, SurveyOptions
 
 WORDS = "the a bowl of soup stands on table beside two spoons and red cup near window where light falls".split()  # noqa: SIM905
@@ -44,44 +44,38 @@ def main() -> None:
         folder = Path(name)
         llava = make_llava(folder / "llava", arguments.rows, arguments.image_kb)
         print(f"{'source':<44} {'samples':>9} {'wall s':>7} {'CPU s':>7} {'per CPU s':>10} {'MB/s':>6} {'peak MB':>8}")
-        options = SurveyOptions()
-        measure("llava_instruct: survey alone", llava, lambda: survey_published("llava_instruct", llava, options))
-        out, processes = folder / "out", arguments.processes
+        survey = lambda: survey_published("llava_instruct", llava, SurveyOptions())  # noqa: E731
+        measure("llava_instruct: survey alone", llava, survey)
+        out, options = folder / "out", BuildOptions(processes=arguments.processes)
         jobs: dict[str, Callable[[], BuildReport]] = {
             f"llava_instruct, JPEGs of {arguments.image_kb} KB": lambda: build_published(
-                "llava_instruct", out, root=llava, processes=processes
+                "llava_instruct", out, options, root=llava
             )
         }
         if arguments.only not in next(iter(jobs)):
             jobs = {}
         if arguments.rows <= 100_000:
-            jobs |= others(folder, out, arguments.rows, processes)
+            jobs |= others(folder, out, arguments.rows, options)
         for label, job in jobs.items():
             if arguments.only in label:
                 measure(label, out, job)
                 shutil.rmtree(out)
 
 
-def others(folder: Path, out: Path, rows: int, processes: int) -> dict[str, Callable[[], BuildReport]]:
+def others(folder: Path, out: Path, rows: int, options: BuildOptions) -> dict[str, Callable[[], BuildReport]]:
     """Further sources, made here, and how to build each."""
     small = make_llava(folder / "small", rows, 2)
     own = make_own(folder / "small", rows)
     chats = make_chats(folder / "chats", rows)
     jobs = {
-        "llava_instruct, JPEGs of 2 KB": lambda: build_published(
-            "llava_instruct", out, root=small, processes=processes
-        ),
-        "own JSONL, JPEGs of 2 KB, each decoded": lambda: build_jsonl(own, out, processes=processes),
-        "smoltalk JSONL": lambda: build_published("smoltalk", out, root=chats, processes=processes),
+        "llava_instruct, JPEGs of 2 KB": lambda: build_published("llava_instruct", out, options, root=small),
+        "own JSONL, JPEGs of 2 KB, each decoded": lambda: build_jsonl(own, out, options),
+        "smoltalk JSONL": lambda: build_published("smoltalk", out, options, root=chats),
     }
     if find_spec("pyarrow"):
         texts, pictures = make_parquet(folder, rows)
-        jobs["fineweb parquet, texts of 3 KB"] = lambda: build_published(
-            "fineweb", out, root=texts, processes=processes
-        )
-        jobs["vqav2 parquet, 5 questions per image"] = lambda: build_published(
-            "vqav2", out, root=pictures, processes=processes
-        )
+        jobs["fineweb parquet, texts of 3 KB"] = lambda: build_published("fineweb", out, options, root=texts)
+        jobs["vqav2 parquet, 5 questions per image"] = lambda: build_published("vqav2", out, options, root=pictures)
     return jobs
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import random
 import threading
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ghostvis_data import Dataset, Sample, ShardWriter, TinyWorldSizes, build_tiny_world
+from ghostvis_data import Dataset, Sample, ShardWriter, TinyWorldSizes, build_tiny_world, storage
 from ghostvis_model.tokenizer import Tokenizer
 
 IMAGE_SIZE = 8
@@ -147,3 +148,34 @@ class Server:
 def serve():
     """`with serve(folder, latency_s=..., errors=..., resets=..., ranges=...) as server:` and then `server.url`."""
     return Server
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Where processes come from: they are forked from one that has imported everything, and never from this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ghostvis_data.loader", "ghostvis_model.tokenizer"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """A set of conversations with pictures, one of texts, one of a few long conversations."""
+    folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+
+    def some(name, count, longest):
+        for number in range(count):
+            images = [_png(7 * number + k, 16) for k in range(rng.integers(0, 3))]
+            yield _chat(f"{name}{number}", "q" * rng.integers(1, 30), "a" * rng.integers(1, longest), images)
+
+    texts = [Sample(f"t{n}", text="".join(map(chr, rng.integers(97, 122, rng.integers(1, 300))))) for n in range(40)]
+    _write(folder / "short", some("s", 150, 20), shard_bytes=30_000)
+    _write(folder / "text", texts, "text", shard_bytes=4_000)
+    _write(folder / "long", some("l", 20, 200))
+    return [str(folder / name) for name in ("short", "text", "long")]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ghostvis_data import DataError, Dataset, ShardWriter, build_jsonl
+from ghostvis_data import BuildOptions, DataError, Dataset, ShardWriter, build_jsonl
 from ghostvis_data.cli import main
 from ghostvis_model.images import load_image
 
@@ -35,7 +35,7 @@ def photos(tmp_path):
 
 def test_photographs_of_every_kind_come_out_as_they_look(tmp_path, photos, write_jsonl):
     source = write_jsonl(tmp_path / "my.jsonl", [{"id": name, "messages": turn(name)} for name in photos])
-    report = build_jsonl(source, tmp_path / "out", max_side=100)
+    report = build_jsonl(source, tmp_path / "out", BuildOptions(max_side=100))
     assert sum(report.samples.values()) == report.images == len(photos)
     for split in ("train", "val"):
         for sample in Dataset(tmp_path / "out" / split):
@@ -64,7 +64,7 @@ def test_any_number_of_images_and_ids_of_every_form(tmp_path, photos, write_json
 def test_the_same_jsonl_gives_the_same_bytes(tmp_path, photos, write_jsonl):
     source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn(name)} for name in photos * 3])
     for name in ("a", "b"):
-        build_jsonl(source, tmp_path / name, shard_bytes=4000, max_side=100)
+        build_jsonl(source, tmp_path / name, BuildOptions(max_side=100, shard_bytes=4000))
     same_bytes(tmp_path / "a", tmp_path / "b")
 
 
@@ -125,7 +125,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, photos, write_json
     for row in ("expected", "likely", "try", "--skip-bad"):
         assert row in str(error.value)
     assert set(tmp_path.iterdir()) == before
-    report = build_jsonl(source, tmp_path / "out", skip_bad=True)
+    report = build_jsonl(source, tmp_path / "out", BuildOptions(skip_bad=True))
     assert (report.samples, [line.line for line in report.left_out]) == ({"train": 1, "val": 1}, [4])
     assert [line["line"] for line in json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"]] == [4]
     assert sum(len(Dataset(tmp_path / "out" / split)) for split in ("train", "val")) == 2
@@ -140,7 +140,7 @@ def test_all_bad_lines_are_listed_up_to_twenty_and_counted(tmp_path, write_jsonl
     assert "and 11 more" in str(error.value)
     assert "--skip-bad" not in str(error.value)  # nothing would be left
     with pytest.raises(DataError):
-        build_jsonl(source, tmp_path / "out", skip_bad=True)
+        build_jsonl(source, tmp_path / "out", BuildOptions(skip_bad=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -215,21 +215,21 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, write_jsonl, monkeypatch, c
 
 def test_a_build_stopped_by_ctrl_c_goes_on_where_it_stopped(tmp_path, photos, write_jsonl, monkeypatch):
     source = write_jsonl(tmp_path / "my.jsonl", [{"messages": turn(name)} for name in photos * 3])
-    options = {"shard_bytes": 4000, "max_side": 100}
-    build_jsonl(source, tmp_path / "unbroken", **options)
+    options = BuildOptions(max_side=100, shard_bytes=4000)
+    build_jsonl(source, tmp_path / "unbroken", options)
 
     def stop(done, total):
         if done == total - 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_jsonl(source, tmp_path / "out", on_progress=stop, **options)
+        build_jsonl(source, tmp_path / "out", options, on_progress=stop)
     assert not (tmp_path / "out").exists()
     written = []
     monkeypatch.setattr(
         ShardWriter, "write", lambda self, sample, write=ShardWriter.write: written.append(write(self, sample))
     )
-    build_jsonl(source, tmp_path / "out", **options)
+    build_jsonl(source, tmp_path / "out", options)
     assert 0 < len(written) < len(photos)
     assert not (tmp_path / ".out.building").exists()
     same_bytes(tmp_path / "unbroken", tmp_path / "out")
@@ -239,7 +239,7 @@ def test_a_source_that_changed_is_not_mixed_with_what_an_interrupted_build_left(
     def build(answer, stop):
         records = [{"messages": turn(answer=f"{answer} {n}")} for n in range(20)]
         source = write_jsonl(tmp_path / "my.jsonl", records)
-        build_jsonl(source, tmp_path / "out", shard_bytes=4000, on_progress=stop)
+        build_jsonl(source, tmp_path / "out", BuildOptions(shard_bytes=4000), on_progress=stop)
 
     def stop(done, total):
         if done == 15:
@@ -259,9 +259,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, photos, write_jsonl):
         build_jsonl(
             source,
             tmp_path / f"by{processes}",
-            shard_bytes=4000,
-            max_side=100,
-            processes=processes,
+            BuildOptions(max_side=100, shard_bytes=4000, processes=processes),
             on_progress=lambda done, total, seen=progress: seen.append((done, total)),
         )
         assert progress[-1] == (27, 27)

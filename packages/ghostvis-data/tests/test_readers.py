@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ghostvis_data import DataError, Dataset, get_task
-from ghostvis_data.build import build_published
+from ghostvis_data.build import BuildOptions, build_published
 from ghostvis_data.check import check_dataset, check_folder
 from ghostvis_data.cli import main
 from ghostvis_data.readers import SETS, files
@@ -48,8 +48,8 @@ def lines(path, rows, opened=open):
         file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 
-def built(name, root, tmp_path, **options):
-    report = build_published(name, tmp_path / "out", root=root, **options)
+def built(name, root, tmp_path, how=None, **options):
+    report = build_published(name, tmp_path / "out", how or BuildOptions(), root=root, **options)
     return {split: Dataset(tmp_path / "out" / split) for split in report.samples}
 
 
@@ -339,7 +339,7 @@ def test_a_bad_row_is_named_and_can_be_left_out(tmp_path, change, pattern):
     ):
         built("llava_instruct", tmp_path / "in", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    data = built("llava_instruct", tmp_path / "in", tmp_path, skip_bad=True)["train"]
+    data = built("llava_instruct", tmp_path / "in", tmp_path, BuildOptions(skip_bad=True))["train"]
     assert len(data) == 11
     left_out = json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"]
     assert [(entry["line"], entry["file"]) for entry in left_out] == [(5, "llava_v1_5_mix665k.json")]
@@ -386,7 +386,7 @@ def test_fineweb_and_any_file_with_a_text_column(tmp_path, kind):
     data = built("fineweb", tmp_path / "in", tmp_path)["train"]
     assert (data.kind, list(data.texts())) == ("text", [row["text"] for row in rows])
     assert data[5].id == "<urn:uuid:5>"
-    split = built("fineweb", tmp_path / "in", tmp_path / "again", val_fraction=0.3, shard_bytes=1)
+    split = built("fineweb", tmp_path / "in", tmp_path / "again", BuildOptions(shard_bytes=1), val_fraction=0.3)
     assert sorted(text for one in split.values() for text in one.texts()) == [row["text"] for row in rows]
     assert len(split["val"]) >= 1
 
@@ -517,7 +517,7 @@ def test_published_sets_come_out_the_same_by_one_process_or_four(tmp_path):
     MAKERS[name](tmp_path / "in")
     for processes in (1, 4):
         folder = tmp_path / f"by{processes}"
-        build_published(name, folder, root=tmp_path / "in", shard_bytes=4000, processes=processes)
+        build_published(name, folder, BuildOptions(shard_bytes=4000, processes=processes), root=tmp_path / "in")
     files = sorted(path.relative_to(tmp_path / "by1") for path in (tmp_path / "by1").rglob("*") if path.is_file())
     assert len([path for path in files if path.suffix == ".tar"]) > 1
     assert files == sorted(
@@ -530,21 +530,23 @@ def test_published_sets_come_out_the_same_by_one_process_or_four(tmp_path):
 
 KILLED = """
 import os, sys
-from ghostvis_data.build import build_published
+from ghostvis_data.build import BuildOptions, build_published
 die = lambda done, total: os._exit(9) if done == 30 else None
-build_published("llava_instruct", sys.argv[2], root=sys.argv[1], shard_bytes=9000, on_progress=die)
+build_published("llava_instruct", sys.argv[2], BuildOptions(shard_bytes=9000), root=sys.argv[1], on_progress=die)
 """
 
 
 def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path):
     llava(tmp_path / "in", rows=40)
-    options = {"root": tmp_path / "in", "shard_bytes": 9000}
-    build_published("llava_instruct", tmp_path / "whole", **options)
+    root, options = tmp_path / "in", BuildOptions(shard_bytes=9000)
+    build_published("llava_instruct", tmp_path / "whole", options, root=root)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(tmp_path / "out")]
     assert subprocess.run(command, check=False).returncode == 9
     assert {path.name for path in tmp_path.iterdir()} == {"in", "whole", ".out.building", ".out.lock"}
     seen = []
-    build_published("llava_instruct", tmp_path / "out", **options, on_progress=lambda done, _: seen.append(done))
+    build_published(
+        "llava_instruct", tmp_path / "out", options, root=root, on_progress=lambda done, _: seen.append(done)
+    )
     assert 10 < seen[0] <= 30
     assert {path.name for path in tmp_path.iterdir()} == {"in", "whole", "out"}
     for path in (path for path in (tmp_path / "whole").rglob("*") if path.is_file()):

@@ -1,16 +1,10 @@
 """A killed run goes on with the batches of an unbroken one, on as many ranks and threads as there are then."""
 
-import contextlib
 import json
-import multiprocessing
-import os
-import random
-import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,120 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostvis_data import Sample
 from ghostvis_data.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the processes find it, too
-from loader_process import Run, digest, open_stream, read
+from loader_process import Group, Run, check_kills, digest, open_stream, run_of
 
 ROWS = 24
-DEADLINE_S = 120
-WORLDS = (1, 2, 4, 8)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Where processes come from: they are forked from one that has imported everything, and never from this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghostvis_data.loader", "ghostvis_model.tokenizer"])
-    return context
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory, write, chat, png):
-    """A set of conversations with pictures, one of texts, one of a few long conversations."""
-    folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
-
-    def some(name, count, longest):
-        for number in range(count):
-            images = [png(7 * number + k, 16) for k in range(rng.integers(0, 3))]
-            yield chat(f"{name}{number}", "q" * rng.integers(1, 30), "a" * rng.integers(1, longest), images)
-
-    texts = [Sample(f"t{n}", text="".join(map(chr, rng.integers(97, 122, rng.integers(1, 300))))) for n in range(40)]
-    write(folder / "short", some("s", 150, 20), shard_bytes=30_000)
-    write(folder / "text", texts, "text", shard_bytes=4_000)
-    write(folder / "long", some("l", 20, 200))
-    return [str(folder / name) for name in ("short", "text", "long")]
-
-
-class Group:
-    """The processes of a run, one for each rank."""
-
-    def __init__(self, processes, run: Run) -> None:
-        pipes = [processes.Pipe(duplex=False) for _ in range(run.world)]
-        self.hear = [ours for ours, _ in pipes]
-        self.ranks = []
-        for rank, (_, theirs) in enumerate(pipes):
-            self.ranks.append(processes.Process(target=read, args=(replace(run, rank=rank), theirs), daemon=True))
-            self.ranks[-1].start()
-            theirs.close()
-        self.digests = {}
-        self.state = run.state
-
-    def listen(self, rank: int) -> int:
-        """Wait for a rank's next step, and note what it says; the step, or -1 where it has ended."""
-        assert self.hear[rank].poll(DEADLINE_S), f"rank {rank} has said nothing for {DEADLINE_S} s"
-        try:
-            step, seen, state = self.hear[rank].recv()
-        except (EOFError, ConnectionResetError):
-            return -1
-        self.digests[step, rank] = seen
-        if rank == 0:
-            self.state = state
-        return step
-
-    def kill(self) -> None:
-        """kill -9 of every rank, wherever it is; what it said before is heard."""
-        for process in self.ranks:
-            with contextlib.suppress(ProcessLookupError):  # it had come to its end
-                os.kill(process.pid, signal.SIGKILL)
-        self.finish()
-
-    def finish(self) -> None:
-        """Hear every rank to its end."""
-        for rank in range(len(self.ranks)):
-            while self.listen(rank) >= 0:
-                pass
-        for process in self.ranks:
-            process.join(DEADLINE_S)
-        self.codes = [process.exitcode for process in self.ranks]
-
-
-def check_kills(processes, run: Run, trials: int, seed: int) -> None:
-    """Kill a run at a random moment and go on, on as many ranks or others and with other threads, `trials` times."""
-    chance = random.Random(seed)
-    unbroken = open_stream(replace(run, options={**run.options, "prefetch_steps": 0}))
-
-    @cache
-    def wanted(step, rank, world):
-        return digest(unbroken.micro_batches(step, rank, world, 1))
-
-    for trial in range(trials):
-        world = WORLDS[trial % len(WORLDS)]
-        killed = Group(processes, replace(run, world=world, threads=chance.randint(1, 8), steps=10**9))
-        last = chance.randrange(run.steps - 1)
-        while (step := killed.listen(0)) < last:
-            assert step >= 0, "the run ended by itself"
-        time.sleep(chance.random() * 0.02)
-        killed.kill()
-        assert killed.codes == [-signal.SIGKILL] * world
-        state = json.loads(json.dumps(killed.state))
-        assert len(json.dumps(state)) <= 1024
-        after = world if trial % 3 else chance.choice(WORLDS)
-        resumed = Group(processes, replace(run, world=after, threads=chance.randint(1, 8), state=state))
-        resumed.finish()
-        assert resumed.codes == [0] * after
-        steps = range(state["step"], run.steps)
-        assert sorted(resumed.digests) == [(step, rank) for step in steps for rank in range(after)]
-        for group in (killed, resumed):
-            for (step, rank), seen in group.digests.items():
-                assert seen == wanted(step, rank, len(group.ranks)), (trial, step, rank)
-
-
-def run_of(sets, epochs, **options) -> Run:
-    """A run over these sets, with as many steps as so many epochs have."""
-    run = Run(sets, 0, rows_per_step=8, **options)
-    return replace(run, steps=open_stream(run).steps(epochs))
 
 
 def test_a_run_that_is_killed_goes_on_with_the_same_batches(processes, sets):

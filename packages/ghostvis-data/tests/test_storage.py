@@ -13,12 +13,6 @@ N, S, T = 4, 8, 96
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
-
-
-@pytest.fixture
 def data(tmp_path, write, chat, png):
     samples = [chat(f"c{n}", "q" * (n % 17 + 1), "a" * (n % 13 + 1), [png(n)] * (n % 3 == 0)) for n in range(90)]
     return write(tmp_path / "data", samples, shard_bytes=20_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ghostvis_data.build import BuildReport, build_jsonl
+from ghostvis_data.build import BuildOptions, BuildReport, build_jsonl
 from ghostvis_data.errors import DataError
 from ghostvis_data.recipes import RECIPES, Recipe, open_recipe
 from ghostvis_data.shard_writer import ShardWriter
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "Batch",
+    "BuildOptions",
     "BuildReport",
     "DataError",
     "Dataset",

@@ -52,6 +52,23 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class BuildOptions:
+    """How shards are made, whatever the source."""
+
+    skip_bad: bool = False
+    """Build what can be built and list the rest in `dataset.json`, instead of refusing."""
+    max_side: int = MAX_SIDE
+    """Pictures with a longer side are scaled down to it, in pixels; 0 stores them as they are."""
+    shard_bytes: int = SHARD_BYTES
+    """About how large a shard becomes."""
+    processes: int = 1
+    """How many work at once; the result is the same."""
+
+
+DEFAULT = BuildOptions()
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """What a build made."""
 
@@ -65,12 +82,9 @@ class BuildReport:
 def build_jsonl(
     source: str | Path,
     folder: str | Path,
+    options: BuildOptions = DEFAULT,
     *,
     val_fraction: float = VAL_FRACTION,
-    skip_bad: bool = False,
-    max_side: int = MAX_SIDE,
-    shard_bytes: int = SHARD_BYTES,
-    processes: int = 1,
     on_progress: Progress | None = None,
 ) -> BuildReport:
     """Build the data sets `folder/train` and `folder/val` from a JSONL (schema: `ghostvis_data.readers.own`).
@@ -80,11 +94,8 @@ def build_jsonl(
     Args:
         source: the JSONL.
         folder: must not exist yet, or be empty.
+        options: how its shards are made.
         val_fraction: share of the samples that goes to `val`, from 0 (no `val`) to below 1.
-        skip_bad: build what can be built and list the rest in `dataset.json`, instead of refusing.
-        max_side: pictures with a longer side are scaled down to it, in pixels; 0 stores them as they are.
-        shard_bytes: about how large a shard becomes.
-        processes: how many work at once; the result is the same.
         on_progress: called with (samples done, samples in all).
 
     Raises:
@@ -95,31 +106,26 @@ def build_jsonl(
         raise DataError(
             explain(f"a validation share of {val_fraction}.", expected="from 0 to below 1", next_step="0.1")
         )
-    options: dict[str, Any] = {"skip_bad": skip_bad, "max_side": max_side, "shard_bytes": shard_bytes}
-    options |= {"processes": processes, "on_progress": on_progress}
-    survey = survey_jsonl(source, val_fraction, shard_bytes)
+    survey = survey_jsonl(source, val_fraction, options.shard_bytes)
     try:
-        return build_survey(survey, folder, **options)
+        return build_survey(survey, folder, options, on_progress)
     except _SplitIsEmpty as error:  # every sample of a split had a bad image: share the others out again
         found = error.bad
-        survey = survey_jsonl(source, val_fraction, shard_bytes, frozenset(line.line for line in found))
+        survey = survey_jsonl(source, val_fraction, options.shard_bytes, frozenset(line.line for line in found))
         survey.bad = sorted([*survey.bad, *found], key=lambda line: line.line)
-        return build_survey(survey, folder, **options)
+        return build_survey(survey, folder, options, on_progress)
 
 
 def build_published(
     name: str,
     folder: str | Path,
+    options: BuildOptions = DEFAULT,
     *,
     root: str | Path | None = None,
     revision: str | None = None,
     splits: tuple[str, ...] | None = None,
     val_fraction: float = 0.0,
-    skip_bad: bool = False,
     decode: bool = False,
-    max_side: int = MAX_SIDE,
-    shard_bytes: int = SHARD_BYTES,
-    processes: int = 1,
     on_progress: Progress | None = None,
 ) -> BuildReport:
     """Build a published data set (`ghostvis_data.readers.SETS`), one folder per split.
@@ -127,28 +133,20 @@ def build_published(
     Args:
         name: of the set.
         folder: must not exist yet, or be empty.
+        options: how its shards are made.
         root: the folder that holds the published files; None fetches them from the Hugging Face hub.
         revision: of the hub's repository; None takes the newest, and the manifest names it.
         splits: those to build; None for all with public answers.
         val_fraction: share of the training samples that becomes `val`, where the set has none of its own.
         decode: decode every picture to see that it can be, instead of reading its header and its end only.
-        skip_bad, max_side, shard_bytes, processes, on_progress: as of `build_jsonl`.
+        on_progress: called with (samples done, samples in all).
 
     Raises:
         DataError: no such set, files that are not there or not as published, bad rows without `skip_bad`.
     """
-    options = SurveyOptions(splits, val_fraction, shard_bytes)
-    survey = survey_published(name, root, options, revision)
+    survey = survey_published(name, root, SurveyOptions(splits, val_fraction, options.shard_bytes), revision)
     survey.decode = decode
-    return build_survey(
-        survey,
-        Path(folder),
-        skip_bad=skip_bad,
-        max_side=max_side,
-        shard_bytes=shard_bytes,
-        processes=processes,
-        on_progress=on_progress,
-    )
+    return build_survey(survey, Path(folder), options, on_progress)
 
 
 def survey_published(name: str, root: str | Path | None, options: SurveyOptions, revision: str | None = None) -> Survey:
@@ -177,46 +175,40 @@ def survey_published(name: str, root: str | Path | None, options: SurveyOptions,
 
 
 def build_survey(
-    survey: Survey,
-    folder: Path,
-    *,
-    skip_bad: bool = False,
-    max_side: int = MAX_SIDE,
-    shard_bytes: int = SHARD_BYTES,
-    processes: int = 1,
-    on_progress: Progress | None = None,
+    survey: Survey, folder: Path, options: BuildOptions = DEFAULT, on_progress: Progress | None = None
 ) -> BuildReport:
     """Build `folder/SPLIT` for each split of a survey. The arguments are those of `build_jsonl`.
 
     Raises:
         DataError: bad rows (the first 20 are listed) without `skip_bad`, nothing to build, a folder that is not empty.
     """
-    if survey.bad and not skip_bad and survey.decode:  # one list of everything to mend
-        bad = survey.bad + [b for part in _all_parts(survey) for b in part_problems(part, max_side, survey)]
+    if survey.bad and not options.skip_bad and survey.decode:  # one list of everything to mend
+        bad = survey.bad + [b for part in _all_parts(survey) for b in part_problems(part, options.max_side, survey)]
         raise refusal(survey, folder, bad)
-    if (survey.bad and not skip_bad) or not survey.samples:
+    if (survey.bad and not options.skip_bad) or not survey.samples:
         raise refusal(survey, folder, survey.bad)
-    facts = survey.facts | {"max_side": max_side, "converter": CONVERTER}
+    facts = survey.facts | {"max_side": options.max_side, "converter": CONVERTER}
+    how = _How(options.max_side, survey.decode, 2 * options.shard_bytes, _threads(options.processes))
+    state = f"{survey.fingerprint} {survey.decode} {options.max_side} {options.shard_bytes} {CONVERTER}"
     with locked(folder):
         refuse_full(folder)
         building = building_folder(folder)
         jobs = [
-            _Job(building / "parts" / f"{split}-{number:05d}", survey.kind, facts | {"split": split}, part, options)
-            for options in [_Options(max_side, survey.decode, 2 * shard_bytes, _threads(processes))]
+            _Job(building / "parts" / f"{split}-{number:05d}", survey.kind, facts | {"split": split}, part, how)
             for split, parts in survey.parts.items()
             for number, part in enumerate(parts)
         ]
         try:
-            _open_building(building, f"{survey.fingerprint} {survey.decode} {max_side} {shard_bytes} {CONVERTER}")
-            bad = _run(jobs, processes, survey.samples, on_progress)
-            if bad and not skip_bad:
+            _open_building(building, state)
+            bad = _run(jobs, options.processes, survey.samples, on_progress)
+            if bad and not options.skip_bad:
                 _drop_parts_with_bad(jobs)
                 raise refusal(survey, folder, bad)
             report = _join(survey, folder, building, facts, jobs, sorted([*survey.bad, *bad], key=_place))
         except KeyboardInterrupt:
             raise  # what is finished stays: the same command goes on from there
         except BaseException:
-            if _finished_bytes(jobs) < shard_bytes:  # else it is worth going on from
+            if _finished_bytes(jobs) < options.shard_bytes:  # else it is worth going on from
                 shutil.rmtree(building, ignore_errors=True)
             raise
         publish(building, folder)
@@ -256,7 +248,7 @@ class _SplitIsEmpty(Exception):
 
 
 @dataclass(frozen=True)
-class _Options:
+class _How:
     max_side: int
     decode: bool
     shard_bytes: int
@@ -269,7 +261,7 @@ class _Job:
     kind: Kind
     facts: dict[str, Any]
     part: Part
-    options: _Options
+    how: _How
 
 
 def _all_parts(survey: Survey) -> Iterator[Part]:
@@ -357,14 +349,14 @@ def _add(count: int) -> None:
 def _write_part(job: _Job) -> Iterator[None]:
     """Write the data set of a part; one None for each sample, good or bad."""
     shutil.rmtree(job.folder, ignore_errors=True)  # what a killed process left
-    options, bad = job.options, []
+    how, bad = job.how, []
 
     def finished(draft: Draft | BadLine) -> Sample | BadLine:
-        return finish(draft, options.max_side, decode=options.decode) if isinstance(draft, Draft) else draft
+        return finish(draft, how.max_side, decode=how.decode) if isinstance(draft, Draft) else draft
 
     drafts = job.part.drafts(job.part.payload)
-    threads = options.threads if options.decode else 1  # reading alone gains nothing from threads
-    writer = ShardWriter(job.folder, job.kind, job.facts, options.shard_bytes, first=job.part.first)
+    threads = how.threads if how.decode else 1  # reading alone gains nothing from threads
+    writer = ShardWriter(job.folder, job.kind, job.facts, how.shard_bytes, first=job.part.first)
     try:
         for sample in in_order(finished, drafts, threads):
             if isinstance(sample, BadLine):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from ghostvis_data.build import VAL_FRACTION, build_jsonl, build_published, survey_published
+from ghostvis_data.build import VAL_FRACTION, BuildOptions, build_jsonl, build_published, survey_published
 from ghostvis_data.check import check_folder, check_source, show_sample
 from ghostvis_data.errors import DataError, explain
 from ghostvis_data.pictures import MAX_SIDE
@@ -176,23 +176,23 @@ def run_build(command: Build) -> None:
         print(f"next: ghostvis-data inspect {folder} sheet.png")
         return
     processes = command.processes or os.cpu_count() or 1
-    shared = {"skip_bad": command.skip_bad, "max_side": command.max_side, "processes": processes}
+    options = BuildOptions(command.skip_bad, command.max_side, processes=processes)
     if command.source in SETS or not (Path(command.source).suffix or Path(command.source).exists()):
         report = build_published(
             command.source,
             command.out,
+            options,
             root=command.root,
             revision=command.revision,
             splits=command.splits,
             val_fraction=command.val_fraction or 0.0,
             decode=command.decode,
             on_progress=ProgressLine("building"),
-            **shared,
         )
     else:
         fraction = VAL_FRACTION if command.val_fraction is None else command.val_fraction
         report = build_jsonl(
-            command.source, command.out, val_fraction=fraction, on_progress=ProgressLine("building"), **shared
+            command.source, command.out, options, val_fraction=fraction, on_progress=ProgressLine("building")
         )
     counts = ", ".join(f"{split} {count:,}" for split, count in report.samples.items())
     print(f"{report.folder}: {counts} samples, {report.images:,} images")

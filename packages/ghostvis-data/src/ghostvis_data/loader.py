@@ -8,32 +8,39 @@
 
 A batch is a pure function of the arguments of `Stream` and the step, so resuming means asking for a later step. One
 thread lays out the tokens of the steps ahead, several decode the images of each as soon as it is laid out, and another
-gathers what is whole and sends it to the GPU on a side stream.
+gathers what is whole. For a GPU they are threads of other processes (`ghostvis_data.feeder`), and what is whole is sent
+on a side stream.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ghostvis_data.batch import IGNORE, Batch
+from ghostvis_data.batch import Batch
 from ghostvis_data.errors import DataError, explain
-from ghostvis_data.plan import REMOTE_WINDOW, Document, Plan
+from ghostvis_data.feeder import Feeder, Key
+from ghostvis_data.layout import Empty, Laid, Layout
+from ghostvis_data.plan import REMOTE_WINDOW, Plan
 from ghostvis_data.rendering import DataTokenizer
 from ghostvis_data.samples import Samples
 from ghostvis_data.shards import Dataset
-from ghostvis_model.images import ImageError
+from ghostvis_model.images import Fit
 
-MOST_THREADS = 8  # of the default: with 8, one core's worth of Python keeps up with the decoders
+# Of the default. On 16 cores, to one H200: 12 threads in one process 1,700 images/s, in two 2,400 to 2,700, in three
+# 2,400.
+MOST_THREADS = 12
+THREADS_EACH = 6  # of a process
 
 
 @dataclass(frozen=True)
@@ -57,18 +64,6 @@ class _Workers(NamedTuple):
     gather: ThreadPoolExecutor
 
 
-class _Decoding(NamedTuple):
-    document: Document
-    span: slice  # of its targets
-    pixels: np.ndarray
-    task: Future[None]
-
-
-class _Laid(NamedTuple):
-    batch: Batch  # whole but for the pixels of its images, and what depends on them
-    work: list[_Decoding]
-
-
 class _Ready(NamedTuple):
     batches: list[Batch]
     copied: torch.cuda.Event | None  # when they have arrived on the GPU
@@ -82,6 +77,7 @@ class Stream:
         tokenizer: a `ghostvis_model.tokenizer.Tokenizer` (or its like).
         tokens_per_image: N; 0 for a model without eyes.
         image_size: S, pixels of a side; 0 for a model without eyes.
+        fit: how a picture comes into the square, as the encoder wants it (`VisionConfig.fit`); see `decode`.
         row_tokens: T. A longer conversation loses whole turns from its end, a longer text is cut into several
             documents without losing a token.
         rows_per_step: rows of a step, over all ranks and micro-batches.
@@ -91,11 +87,14 @@ class Stream:
             and `<|bos|>` (pretraining on texts that are stored as conversations).
         images_per_row: no row holds more images; None sets no bound.
         even_rows: order the rows of a step by attention work, so that all ranks take equally long (see `Plan`).
-        threads: that decode images; None for one per core, at most MOST_THREADS.
+        threads: that decode images, of all processes together; None for one per core, at most MOST_THREADS.
         device: where batches go; of a CUDA device they are copied ahead through pinned memory. None leaves them.
         skip_budget: how many samples may turn out broken before the run stops. Each is counted and logged; its place
             in the batch stays, without targets, so that nothing else moves. 0 stops at the first.
-        prefetch_steps: how many later steps a thread prepares while the caller works on this one; 0 for no thread.
+        prefetch_steps: how many later steps are prepared while the caller works on this one; 0 for no thread.
+        processes: that prepare steps in turn, so that the training thread has the lock of the interpreter for itself;
+            forked at the first `micro_batches`. 0 for threads of this process. None: one for every THREADS_EACH threads
+            where batches go to a CUDA device on Linux, else 0.
         cache_bytes: how much memory may keep tokens and decoded images between epochs.
 
     Raises:
@@ -111,6 +110,7 @@ class Stream:
         *,
         tokens_per_image: int = 0,
         image_size: int = 0,
+        fit: Fit = "letterbox",
         row_tokens: int,
         rows_per_step: int,
         seed: int = 0,
@@ -122,18 +122,22 @@ class Stream:
         device: str | torch.device | None = None,
         skip_budget: int = 0,
         prefetch_steps: int = 2,
+        processes: int | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.datasets, self.tokenizer = list(datasets), tokenizer
         self.tokens_per_image, self.image_size, self.row_tokens = tokens_per_image, image_size, row_tokens
         self.prefetch_steps = prefetch_steps
-        self._bos = tokenizer.special("<|bos|>")
-        self._places = np.arange(row_tokens)
-        self._pending: dict[tuple[int, ...], tuple[Future[list[_Laid]], Future[_Ready]]] = {}
+        self._pending: dict[Key, tuple[Future[Any], ...]] = {}  # the last one is of a _Ready
         self._workers: _Workers | None = None
+        self._feeders: list[Feeder] = []
         self.threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
         self.device = torch.device(device) if device is not None else None
-        self._copies = torch.cuda.Stream(self.device) if self._pinned else None
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
+        if processes is None:
+            processes = max(1, self.threads // THREADS_EACH) if on_gpu and sys.platform == "linux" else 0
+        self.processes = min(processes, prefetch_steps + 1)  # a step is the work of one of them
         self._first_batch_s = self._waited_s = self._seconds = 0.0
         self._began: float | None = None
         for dataset in self.datasets:
@@ -151,11 +155,13 @@ class Stream:
             tokenizer,
             tokens_per_image=tokens_per_image,
             image_size=image_size,
+            fit=fit,
             row_tokens=row_tokens,
             loss_on=loss_on,
             skip_budget=skip_budget,
             cache_bytes=cache_bytes,
         )
+        self._layout = Layout(self.samples, colours_last=on_gpu)
         self.plan = Plan(
             [self.samples.row_lengths(number) for number in range(len(self.datasets))],
             self.samples.splittable,
@@ -168,10 +174,6 @@ class Stream:
             even_rows=even_rows,
             shards=[dataset.shard_samples() if dataset.mirror else None for dataset in self.datasets],
         )
-
-    @property
-    def _pinned(self) -> bool:
-        return self.device is not None and self.device.type == "cuda"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -214,7 +216,7 @@ class Stream:
                 )
             )
         if not self.prefetch_steps:
-            ready = self._finish(self._lay_out(step, rank, world, rows))
+            ready = self._deliver(self._gather(self._lay_out(step, rank, world, rows, self._empty)))
         else:
             wanted = [(step + ahead, rank, world, rows) for ahead in range(self.prefetch_steps + 1)]
             for key in self._pending.keys() - set(wanted):
@@ -222,7 +224,7 @@ class Stream:
             for key in wanted:
                 if key not in self._pending:
                     self._pending[key] = self._prepare(key)
-            ready = self._pending.pop(wanted[0])[1].result()
+            ready = self._pending.pop(wanted[0])[-1].result()
         if ready.copied is not None:
             self._hand_over(ready)
         self._clock(asked)
@@ -244,6 +246,9 @@ class Stream:
         """Stop the threads; a later `micro_batches` starts them again."""
         for key in list(self._pending):
             self._forget(key)
+        for feeder in self._feeders:
+            feeder.close()
+        self._feeders = []
         if self._workers is not None:
             # The decoders last: who gathers waits for the images of a step, and never sees that one was cancelled.
             for pool in (self._workers.layout, self._workers.gather, self._workers.decode):
@@ -276,30 +281,64 @@ class Stream:
     def _threads(self) -> _Workers:
         if self._workers is None:
             names = ("ghostvis-data", "ghostvis-decode", "ghostvis-gather")
-            pools = [ThreadPoolExecutor(n, name) for n, name in zip((1, self.threads, 1), names, strict=True)]
+            decoders = -(-self.threads // max(1, self.processes))
+            pools = [ThreadPoolExecutor(n, name) for n, name in zip((1, decoders, 1), names, strict=True)]
             self._workers = _Workers(*pools)
         return self._workers
 
-    def _prepare(self, key: tuple[int, int, int, int]) -> tuple[Future[list[_Laid]], Future[_Ready]]:
-        """Start on a step. While its images are decoded the next one is laid out: neither waits for the other."""
-        workers = self._threads()
-        laid = workers.layout.submit(self._lay_out, *key)
-        return laid, workers.gather.submit(lambda: self._finish(laid.result()))
+    def _prepare(self, key: Key) -> tuple[Future[Any], ...]:
+        """Start on a step. The last of the futures is of a `_Ready`."""
+        if self.processes:
+            feeders = self._fed(self.plan.rows_per_step // key[2])
+            return (feeders[key[0] % len(feeders)].ask(key, self._deliver),)
+        return self._start(key, self._empty, self._deliver)
 
-    def _forget(self, key: tuple[int, ...]) -> None:
+    def _start(self, key: Key, empty: Empty, arrived: Callable[[list[Batch]], Any]) -> tuple[Future[Any], Future[Any]]:
+        """Start on a step here. While its images are decoded the next one is laid out: neither waits for the other."""
+        workers = self._threads()
+        laid = workers.layout.submit(self._lay_out, *key, empty)
+        return laid, workers.gather.submit(lambda: arrived(self._gather(laid.result())))
+
+    def _start_there(self, key: Key, empty: Empty) -> Future[list[Batch]]:
+        """The same in one of the processes."""
+        return self._start(key, empty, list)[1]
+
+    def _forget(self, key: Key) -> None:
         for future in self._pending.pop(key):
             future.cancel()
 
-    def _lay_out(self, step: int, rank: int, world: int, rows_per_micro_batch: int) -> list[_Laid]:
-        """The micro-batches of a step, their images on their way."""
-        self._fetch_ahead(step)
-        rows = self.plan.step_rows(step)
-        size = rows_per_micro_batch
-        return [self._batch(rows[start : start + size]) for start in range(rank * size, len(rows), world * size)]
+    def _fed(self, rows: int) -> list[Feeder]:
+        """The processes that make steps of so many rows."""
+        size = self._layout.most_bytes(rows)
+        if self._feeders and self._feeders[0].block_bytes < size:
+            self.close()  # there are fewer ranks now
+        if not self._feeders:
+            assert self._workers is None  # threads do not survive a fork
+            self._feeders = [
+                Feeder(
+                    partial(self.samples.fork, self.processes),
+                    self._start_there,
+                    stride=self.processes,
+                    block_bytes=size,
+                    pinned=self._copies is not None,
+                    skipped=self.samples.skipped,
+                )
+                for _ in range(self.processes)
+            ]
+        return self._feeders
 
-    def _finish(self, laid: list[_Laid]) -> _Ready:
-        """The batches of a step when their images are there, on the device."""
-        batches = [self._gather(one) for one in laid]
+    def _lay_out(self, step: int, rank: int, world: int, size: int, empty: Empty) -> list[Laid]:
+        """The micro-batches (of `size` rows) of a step in memory from `empty`, their images on their way."""
+        self._fetch_ahead(step)
+        rows, decode = self.plan.step_rows(step), self._threads().decode.submit
+        starts = range(rank * size, len(rows), world * size)
+        return [self._layout.lay_out(rows[start : start + size], empty, decode) for start in starts]
+
+    def _gather(self, laid: list[Laid]) -> list[Batch]:
+        return [self._layout.gather(one) for one in laid]
+
+    def _deliver(self, batches: list[Batch]) -> _Ready:
+        """Whole batches on the device."""
         if self._copies is None:
             return _Ready([batch.to(self.device) for batch in batches] if self.device else batches, None)
         assert self.device is not None
@@ -321,75 +360,5 @@ class Stream:
                 window = REMOTE_WINDOW * max(1, len(dataset) // max(1, len(dataset.shard_samples())))
                 dataset.prefetch(coming[coming[:, 0] == number, 1][:window])
 
-    def _batch(self, rows: list[list[Document]]) -> _Laid:
-        """Lay the documents of some rows into arrays, and start decoding their images."""
-        # Filled by numpy: torch would start threads of its own for each of these small arrays.
-        of_rows = self._empty((3, len(rows), self.row_tokens), torch.int64)
-        ids, targets, positions = of_rows.numpy()
-        ids[:], targets[:] = self._bos, IGNORE
-        bounds, image_starts, names = [0], [], []
-        shown: list[tuple[Document, int, slice]] = []
-        for r, row in enumerate(rows):
-            at, row_start = 0, r * self.row_tokens
-            names.append([])
-            for document in row:
-                end = at + document.tokens
-                tokens = self.samples.document(document)
-                ids[r, at:end] = tokens.ids
-                targets[r, at:end] = tokens.targets
-                positions[r, at:end] = self._places[: document.tokens]
-                for start, number in zip(tokens.image_starts, tokens.images, strict=True):
-                    image_starts.append(row_start + at + start)
-                    shown.append((document, number, slice(row_start + at, row_start + end)))
-                names[-1].append(tokens.id)
-                bounds.append(row_start + end)
-                at = end
-            if at < self.row_tokens:
-                positions[r, at:] = self._places[: self.row_tokens - at]
-                bounds.append(row_start + self.row_tokens)
-        image_index = np.array(image_starts, np.int64)[:, None] + np.arange(self.tokens_per_image)
-        batch = Batch(
-            ids=of_rows[0],
-            targets=of_rows[1],
-            position_ids=of_rows[2],
-            cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-            max_seqlen=int(np.diff(bounds).max()),
-            images=self._empty_images(len(shown)),
-            image_index=torch.from_numpy(image_index.reshape(-1)),
-            sample_ids=names,
-            num_targets=0,
-        )
-        decode, work = self._threads().decode.submit, []
-        for (document, number, span), out in zip(shown, batch.images.numpy(), strict=True):
-            # Here where it is remembered: another thread costs more than the copy, and the main thread the GIL.
-            if (known := self.samples.known_image(document, number)) is not None:
-                out[:] = known
-            else:
-                task = decode(self.samples.decode_image, document, number, out)
-                work.append(_Decoding(document, span, out, task))
-        return _Laid(batch, work)
-
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
-
-    def _empty_images(self, count: int) -> Tensor:
-        """uint8 [I, 3, S, S]. For a GPU with the colours of a pixel together, as a decoder writes them: parting them
-        takes a core 60 us an image, and the GPU no time."""
-        side = self.image_size
-        if self._pinned:
-            return self._empty((count, side, side, 3), torch.uint8).permute(0, 3, 1, 2)
-        return self._empty((count, 3, side, side), torch.uint8)
-
-    def _gather(self, laid: _Laid) -> Batch:
-        """Wait for the images; the document of one that is broken loses its targets."""
-        wait([one.task for one in laid.work])
-        targets = laid.batch.targets.numpy()
-        for document, span, pixels, task in laid.work:
-            error = task.exception()
-            if isinstance(error, (ImageError, DataError)):
-                self.samples.skip(document.dataset, document.sample, error)
-                targets.reshape(-1)[span] = IGNORE
-                pixels[:] = 0
-            elif error is not None:
-                raise error
-        return replace(laid.batch, num_targets=int((targets != IGNORE).sum()))
+        return torch.empty(shape, dtype=dtype, pin_memory=self._copies is not None)

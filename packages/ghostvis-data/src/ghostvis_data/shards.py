@@ -312,6 +312,12 @@ class Dataset:
         for shard in shards[: max(1, self.mirror.room // (2 * largest))]:
             self.mirror.prefetch([shard["name"]], partial(self._check, shard))
 
+    def reopen(self) -> None:
+        """In a process that was forked: locks and threads of its own, those of its parent may have been at work."""
+        self._lock = threading.Lock()
+        if self.mirror is not None:
+            self.mirror = self.mirror.reopened()
+
     def close(self) -> None:
         """Close the shard files; a later read opens them again."""
         with self._lock:

@@ -70,3 +70,25 @@ class Skipped:
         """How many of each kind."""
         with self._lock:
             return dict(sorted(Counter(kind for kind, _ in self.samples.values()).items()))
+
+
+class Reported(Skipped):
+    """What one of the processes that prepare batches finds, for the training process to count, log and judge."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._new: list[tuple[str, int, GhostVisError]] = []
+        self._known: set[tuple[str, int]] = set()
+
+    def add(self, where: str, sample: int, error: GhostVisError) -> None:
+        """Note a sample once, however often it comes."""
+        with self._lock:
+            if (where, sample) not in self._known:
+                self._known.add((where, sample))
+                self._new.append((where, sample, error))
+
+    def take(self) -> list[tuple[str, int, GhostVisError]]:
+        """The arguments of `Skipped.add` for what is new since the last call."""
+        with self._lock:
+            new, self._new = self._new, []
+            return new

@@ -218,6 +218,12 @@ class Mirror:
         self._here: OrderedDict[str, int] = OrderedDict()  # name -> bytes, least recently used first
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="ghostvis-fetch")
 
+    def reopened(self) -> Mirror:
+        """The same for a process that was forked: it goes on minding the shards that are here."""
+        fresh = Mirror(self.remote, self.folder, self.room)
+        fresh._here = self._here.copy()
+        return fresh
+
     def open(self, name: str, check: Callable[[Path], None]) -> int:
         """A file descriptor of a shard, which is waited for; whoever asks closes it.
 

@@ -6,18 +6,26 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from ghostvis_data import tiny_world
+from ghostvis_data.errors import DataError, explain
 from ghostvis_data.files import MANIFEST, locked, new_folder
 from ghostvis_data.shard_writer import ShardWriter, write_manifest
 from ghostvis_data.shards import VERSION, Sample, read_manifest
 from ghostvis_model.paths import home
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
+Part = tuple[str, int, int]  # split, first scene, scene after the last
+PART = 250  # scenes: a tenth of a second, and a megabyte through a pipe
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,12 @@ def build_tiny_world(
         total, done = sum(counts.values()), 0
         with new_folder(folder) as building:
             writers = {s: ShardWriter(building / s, "chat", source | {"split": s}) for s in counts}
-            scenes = (_samples(split, counts[split], seed) for split in ("train", "test", "combinations"))
-            for split, sample in chain(_texts(sizes.text, seed), *scenes):
+            parts = [
+                (split, first, min(first + PART, counts[split]))
+                for split in ("text", "train", "test", "combinations")
+                for first in range(0, counts[split], PART)
+            ]
+            for split, sample in _samples_of(parts, seed):
                 writers[split].write(sample)
                 done += 1
                 if on_progress:
@@ -81,9 +93,53 @@ def build_tiny_world(
     return folder
 
 
-def _samples(split: str, count: int, seed: int) -> Iterator[tuple[str, Sample]]:
-    """(split, sample) of so many scenes; those of `train` come as captions, too, so that each is drawn once."""
-    for index in range(count):
+def _samples_of(parts: Sequence[Part], seed: int) -> Iterator[tuple[str, Sample]]:
+    """(split, sample) of all parts in their order, drawn by as many processes as there are cores.
+
+    Plain processes that write to a pipe: `multiprocessing` would import the user's script a second time.
+    """
+    workers = min(len(os.sched_getaffinity(0)), len(parts) // 4)
+    if workers < 2:
+        for part in parts:
+            yield from _draw(part, seed)
+        return
+    program = f"from ghostvis_data.tiny_build import work; work({seed}, {workers}, %d)"
+    with ExitStack() as stack:
+        running = []
+        for number in range(workers):
+            command = [sys.executable, "-P", "-c", program % number]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)  # called first: a worker whose pipe nobody reads would never end
+            assert process.stdin is not None
+            assert process.stdout is not None
+            pickle.dump(list(parts), process.stdin)
+            process.stdin.close()
+            running.append((process, process.stdout))
+        for number in range(len(parts)):
+            process, pipe = running[number % workers]
+            try:
+                drawn = pickle.load(pipe)
+            except EOFError as error:
+                raise DataError(
+                    explain(
+                        "a process that draws the tiny world has died.",
+                        expected=f"the scenes {parts[number]}; it ended with code {process.wait()}",
+                        likely="no memory left, or it was killed",
+                        next_step="type the same command again",
+                    )
+                ) from error
+            yield from drawn
+
+
+def _draw(part: Part, seed: int) -> Iterator[tuple[str, Sample]]:
+    """(split, sample) of the scenes of a part; those of `train` come as captions, too, so that each is drawn once."""
+    split, first, end = part
+    if split == "text":
+        for index, messages in enumerate(tiny_world.text_documents(seed, end, first), first):
+            yield "text", Sample(f"text-{seed}-{index:06d}", messages)
+        return
+    for index in range(first, end):
         assert split in ("train", "test", "combinations")
         scene = tiny_world.scene(split, index, seed)
         picture = io.BytesIO()
@@ -103,6 +159,9 @@ def _samples(split: str, count: int, seed: int) -> Iterator[tuple[str, Sample]]:
         yield split, Sample(scene.id, messages, images=images, meta={"questions": listed, **labels})
 
 
-def _texts(count: int, seed: int) -> Iterator[tuple[str, Sample]]:
-    for index, messages in enumerate(tiny_world.text_documents(seed, count)):
-        yield "text", Sample(f"text-{seed}-{index:06d}", messages)
+def work(seed: int, workers: int, number: int) -> None:
+    """Of the parts that come through stdin, write every `workers`-th from `number` on to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    for part in pickle.load(sys.stdin.buffer)[number::workers]:
+        pickle.dump(list(_draw(part, seed)), sys.stdout.buffer, pickle.HIGHEST_PROTOCOL)
+        sys.stdout.buffer.flush()

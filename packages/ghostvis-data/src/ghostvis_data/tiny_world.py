@@ -253,13 +253,13 @@ def caption_conversation(scene: Scene, *, image: Any = 0) -> list[dict[str, Any]
     return as_messages([Question("caption", request, caption(scene))], [{"type": "image", "image": image}])
 
 
-def text_documents(seed: int, count: int) -> Iterator[list[dict[str, Any]]]:
-    """Conversations about described scenes, without pictures, for pretraining on text.
+def text_documents(seed: int, count: int, first: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """Conversations about described scenes number `first` to `count` - 1, without pictures, for pretraining on text.
 
     The description stands where the picture will stand later, so the language model learns to find, count and compare
     before it sees. No held-out combination and no layout of ``test`` is ever told.
     """
-    for index in range(count):
+    for index in range(first, count):
         told = scene("train", index, seed=-1 - seed)
         rng = _rng("text", told.id)
         asked = questions(told, rng)

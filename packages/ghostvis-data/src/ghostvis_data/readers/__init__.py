@@ -18,7 +18,7 @@ class PublishedSet:
 
     about: str
     licence: str
-    """As its card or repository states it (read 2026-11-21); from memory where it says "unverified". Licences change,
+    """As its page, card or repository states it (read 2026-11-21); unread where it says "unverified". Licences change,
     and a copy on the hub may state another one than the publisher: read it before you train on it."""
     survey: Callable[[Path, SurveyOptions], Survey]
     hub: str | None = None
@@ -31,8 +31,11 @@ class PublishedSet:
     """Splits that these files hold; others are published elsewhere."""
 
 
-_COCO = "annotations CC BY 4.0, images under the terms of Flickr (unverified)"
-_VQA = "questions and answers CC BY 4.0, images are COCO's (unverified)"
+_COCO = "annotations CC BY 4.0, images under the terms of Flickr (cocodataset.org/#termsofuse)"
+_VQA = "questions and answers CC BY 4.0 (visualqa.org/terms.html), images are COCO's"
+_TEXTVQA = "CC BY 4.0 (textvqa.org/dataset), images are of Open Images"
+_DOCVQA = "the terms of docvqa.org, where the files are (unverified; a copy on the hub, pixparse/docvqa-wds, says MIT)"
+_AI2D = "CC BY-SA 4.0 (registry.opendata.aws/allenai-diagrams, which its publisher manages)"
 
 SETS: dict[str, PublishedSet] = {
     "coco_captions": PublishedSet(
@@ -43,7 +46,7 @@ SETS: dict[str, PublishedSet] = {
         ("data/validation-*.parquet",), "vqav2", ("val",),
     ),
     "textvqa": PublishedSet(
-        "questions about words in photographs", "CC BY 4.0 (unverified)", visual_questions.survey_textvqa,
+        "questions about words in photographs", _TEXTVQA, visual_questions.survey_textvqa,
         "lmms-lab/textvqa", ("data/train-*.parquet", "data/validation-*.parquet"), "textvqa", ("train", "val"),
     ),
     "chartqa": PublishedSet(
@@ -51,7 +54,7 @@ SETS: dict[str, PublishedSet] = {
         ("data/*.parquet",), "chartqa", ("train", "val", "test"),
     ),
     "docvqa": PublishedSet(
-        "questions about scanned pages", "the terms of docvqa.org (unverified)", visual_questions.survey_docvqa,
+        "questions about scanned pages", _DOCVQA, visual_questions.survey_docvqa,
         "lmms-lab/DocVQA", ("DocVQA/validation-*.parquet",), "docvqa", ("val",),
     ),
     "llava_instruct": PublishedSet(
@@ -60,7 +63,7 @@ SETS: dict[str, PublishedSet] = {
         chats.survey_llava,
     ),
     "ai2d": PublishedSet(
-        "multiple choice about diagrams of school books", "CC BY-SA 4.0 (unverified)", choices.survey_ai2d,
+        "multiple choice about diagrams of school books", _AI2D, choices.survey_ai2d,
         "lmms-lab/ai2d", ("data/*.parquet",), "ai2d", ("test",),
     ),
     "scienceqa": PublishedSet(
