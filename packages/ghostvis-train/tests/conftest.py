@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ghostvis_data import TinyWorldSizes
-from ghostvis_train import phase, settings, sft
+from ghostvis_train import settings, sft, world
 from ghostvis_train.options import RunOptions, SftConfig
 
 SIZES = TinyWorldSizes(text=60, train=40, test=12, combinations=8)
@@ -18,7 +18,7 @@ STEPS = {"vision": 4, "base": 4, "align": 3, "sft": 4}
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
     """Few scenes, depth 2, a handful of steps of two short rows."""
-    patch.setattr(phase, "TINY_SIZES", SIZES)
+    patch.setattr(world, "SIZES", SIZES)
     patch.setattr(settings, "TINY_DEPTH", 2)
     for name, steps in STEPS.items():
         rows = {"rows_per_step": 8} if name == "vision" else {"rows_per_step": 2, "row_tokens": 256}

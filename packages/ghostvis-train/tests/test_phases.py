@@ -15,10 +15,11 @@ from ghostvis_data.build import build_jsonl
 from ghostvis_model import checkpoint
 from ghostvis_model.errors import GhostVisError
 from ghostvis_train import align, base, sft
-from ghostvis_train.loop import _train_step
+from ghostvis_train.loop import GRADIENT_CLIP, _train_step
 from ghostvis_train.options import AlignConfig, BaseConfig, RunOptions, SftConfig, UserError
 from ghostvis_train.phase import find_source, rows_per_step, tag_of
 from ghostvis_train.settings import Settings
+from ghostvis_train.stepping import EagerStep
 
 
 @pytest.fixture
@@ -129,8 +130,9 @@ def test_the_loss_is_divided_by_the_tokens_of_the_whole_step():
     model = Model()
     optimizers = Optimizers(model)
     plan = SimpleNamespace(phase="test", steps=1, warmup=0.0, decay=0.0)
-    job = SimpleNamespace(stream=Stream(), plan=plan, optimizers=optimizers, rows_per_micro_batch=1)
-    metrics = _train_step(job, model, 0, start("t", 0, "cpu", "fp32", "none", None))
+    job = SimpleNamespace(stream=Stream(), plan=plan, rows_per_micro_batch=1)
+    context = start("t", 0, "cpu", "fp32", "none", None)
+    metrics = _train_step(job, EagerStep(model, optimizers, context, GRADIENT_CLIP), 0, context)
     assert metrics["loss"] == pytest.approx(2 * 31 / 11)
     assert metrics["grad_norm"] == pytest.approx(31 / 11)
     assert optimizers.seen.item() == pytest.approx(1.0)  # clipped to norm 1 after the average

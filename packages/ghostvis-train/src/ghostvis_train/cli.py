@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from typing import Annotated
 
 import tyro
@@ -17,6 +18,7 @@ from ghostvis_train.options import (
     TokenizerConfig,
     VisionConfig,
 )
+from ghostvis_train.world import TINY_WORLD, drawn_meanwhile
 
 EXAMPLES = """GhostVis: train a vision-language model from nothing.
 
@@ -41,7 +43,8 @@ Command = (
 
 def dispatch(config: Command, started: float) -> None:
     """Run a command. The phases are imported here, so that --help answers at once."""
-    from ghostvis_train import align, base, evaluate, sft, tokenizer, vision
+    with drawn_meanwhile(seed) if (seed := _seed_of_world(config)) is not None else nullcontext():
+        from ghostvis_train import align, base, evaluate, sft, tokenizer, vision
 
     match config:
         case TokenizerConfig():
@@ -56,6 +59,16 @@ def dispatch(config: Command, started: float) -> None:
             sft.run(config, started)
         case EvalConfig():
             evaluate.run(config, started)
+
+
+def _seed_of_world(config: Command) -> int | None:
+    """The seed of the tiny world that a command trains on; None if it trains on something else."""
+    match config:
+        case TokenizerConfig(data_recipe=name, seed=seed, texts=()):
+            return seed if name == TINY_WORLD else None
+        case TokenizerConfig() | EvalConfig():
+            return None
+    return config.run.seed if config.run.data_recipe == TINY_WORLD else None
 
 
 def main() -> None:

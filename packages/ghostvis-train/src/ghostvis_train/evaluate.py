@@ -9,22 +9,31 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ghostvis_data import Dataset, Question, Recipe, Score, summarize
 from ghostvis_model import checkpoint
-from ghostvis_model.chat import render_for_completion
-from ghostvis_model.generation import generate, read_prompt, tokenizer_of
+from ghostvis_model.chat import Rendered, render_for_completion
+from ghostvis_model.costs import kv_bytes_per_token
+from ghostvis_model.engine import Engine
+from ghostvis_model.generation import Prompt, read_prompt, tokenizer_of
+from ghostvis_model.sampling import Sampling
 from ghostvis_model.vlm import GhostVis
 from ghostvis_train import samples
 from ghostvis_train.context import resolve_device
 from ghostvis_train.options import EvalConfig, UserError
 from ghostvis_train.phase import TINY_WORLD, announce, open_data
+
+FEWEST_ROWS, MOST_ROWS = 64, 512
+CACHE_BYTES = 4 << 30  # for more rows than the fewest
+REMEMBERED_BYTES = 256 << 20  # of pictures read for questions to come
 
 
 def run(config: EvalConfig, started: float | None = None) -> Path:
@@ -45,7 +54,7 @@ def report(
     recipe: Recipe,
     device: torch.device,
     started: float,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     max_samples: int | None = None,
 ) -> dict[str, Any]:
     """Score every evaluation of the recipe, print the tables, save eval.json and sample pictures beside the steps.
@@ -61,6 +70,7 @@ def report(
         )
     announce("eval", f"{folder} on {recipe.name}")
     model = GhostVis.from_pretrained(folder, device)
+    engine = Engine(model, max_batch=batch_size or rows_of(model))
     results: dict[str, dict[str, dict[str, Score]]] = {}
     figures: dict[str, dict[str, float]] = {}
     majorities: dict[tuple[str, str], dict[str, str]] = {}
@@ -75,7 +85,7 @@ def report(
             )
         results[name] = {}
         for view, prompts in views(asked).items():
-            replies = answer(model, prompts, batch_size, task.max_tokens, f"{name}, {view}")
+            replies = answer(engine, prompts, task.max_tokens, f"{name}, {view}")
             judged = task.judge_all(replies, questions)
             results[name][view] = summarize(questions, judged)
             if view == "seen":
@@ -157,29 +167,55 @@ def with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[bytes])
     return result
 
 
-def answer(model: GhostVis, conversations: Sequence[Any], batch_size: int, max_tokens: int, label: str) -> list[str]:
+def rows_of(model: GhostVis) -> int:
+    """How many questions are answered side by side: 64, on a GPU more while their keys and values stay small.
+
+    A step takes the host a few milliseconds, however many rows it has.
+    """
+    if model.device.type != "cuda":
+        return FEWEST_ROWS
+    text = model.config.text
+    return min(MOST_ROWS, max(FEWEST_ROWS, CACHE_BYTES // (text.context_length * kv_bytes_per_token(text))))
+
+
+def answer(engine: Engine, conversations: Sequence[Any], max_tokens: int, label: str) -> list[str]:
     """Greedy replies of at most `max_tokens` tokens to many conversations, with a progress line.
 
     What is asked twice, as most questions are without their pictures, is answered once.
     """
-    tokenizer = tokenizer_of(model)
+    model, tokenizer = engine.model, tokenizer_of(engine.model)
     started = time.perf_counter()
     rendered = [render_for_completion(c, tokenizer, model.config.tokens_per_image) for c in conversations]
     known: dict[tuple[tuple[int, ...], tuple[Any, ...]], int] = {}
     first = [known.setdefault((tuple(r.ids), tuple(r.images)), number) for number, r in enumerate(rendered)]
     by_length = sorted(known.values(), key=lambda number: len(rendered[number].ids))
     replies = [""] * len(rendered)
-    for start in range(0, len(by_length), batch_size):
-        numbers = by_length[start : start + batch_size]
-        prompts = [read_prompt(model, rendered[number]) for number in numbers]
-        for number, ids in zip(numbers, generate(model, prompts, max_tokens=max_tokens), strict=True):
-            replies[number] = tokenizer.decode(ids)
+    read, sampling = reader(model), Sampling(max_tokens=max_tokens, temperature=0.0)
+    at_once = 2 * engine.max_batch  # a row that is done takes the next
+    for start in range(0, len(by_length), at_once):
+        numbers = by_length[start : start + at_once]
+        requests = [engine.submit(read(rendered[number]), sampling)[0] for number in numbers]
+        engine.run()
+        for number, request in zip(numbers, requests, strict=True):
+            request.raise_error()
+            replies[number] = tokenizer.decode(request.answer)
         if sys.stdout.isatty():
             done = start + len(numbers)
             rate = done / (time.perf_counter() - started)
             left = (len(by_length) - done) / rate
             print(f"{label}: {done}/{len(by_length)}  {rate:,.0f}/s  {left:.0f} s left ", end="\r", flush=True)
     return [replies[number] for number in first]
+
+
+def reader(model: GhostVis) -> Callable[[Rendered], Prompt]:
+    """`read_prompt` that remembers pictures, as a scene is asked about several times."""
+    side = model.config.vision.image_size if model.config.vision else 1
+
+    @lru_cache(maxsize=REMEMBERED_BYTES // (3 * side * side))
+    def pixels(images: tuple[Any, ...]) -> np.ndarray:
+        return read_prompt(model, Rendered([], [], [], list(images))).pixels
+
+    return lambda rendered: Prompt(rendered.ids, rendered.image_starts, pixels(tuple(rendered.images)))
 
 
 def table(name: str, scores: dict[str, dict[str, Score]]) -> str:

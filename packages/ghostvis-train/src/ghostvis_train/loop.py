@@ -8,10 +8,10 @@ A batch is a function of the step, so a run killed anywhere goes on from its las
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,24 +21,13 @@ from torch import nn
 
 from ghostvis_model import checkpoint
 from ghostvis_model.tokenizer import Tokenizer
+from ghostvis_train.captured import CapturedStep
 from ghostvis_train.context import Context
 from ghostvis_train.optim import Optimizers, trapezoid
 from ghostvis_train.options import UserError
+from ghostvis_train.stepping import EagerStep, Stepper
 
 GRADIENT_CLIP = 1.0  # norm, after averaging over ranks
-
-
-class Batch(Protocol):
-    """What the loop needs of a batch."""
-
-    num_targets: int
-    sample_ids: list[list[str]]
-
-    def to(self, device: torch.device) -> Batch: ...
-
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model, which returns the sum of the losses of `num_targets` targets."""
-        ...
 
 
 class Stream(Protocol):
@@ -92,6 +81,8 @@ class Job:
     save_every: int
     log_every: int
     rows_per_micro_batch: int
+    captured: bool = False
+    """Whether the steps run as CUDA graphs."""
     skipped: Callable[[], dict[str, int]] = dict
     """Broken samples that this process has left out so far, by kind."""
 
@@ -117,10 +108,11 @@ def train(job: Job, context: Context) -> Path:
     step = _resume(job, run, context)
     if step == plan.steps:
         return checkpoint.step_folder(run, step)
+    stepper: Stepper = (CapturedStep if job.captured else EagerStep)(model, job.optimizers, context, GRADIENT_CLIP)
     clock = Clock(plan.steps - step)
     metrics: dict[str, float] = {}
     while step < plan.steps:
-        metrics = _train_step(job, model, step, context)
+        metrics = _train_step(job, stepper, step, context)
         step += 1
         context.log(run, {"phase": plan.phase, "step": step, **metrics, **clock.tick(metrics["data_wait_s"])})
         if step % job.log_every == 0 or step == plan.steps or step == 1:
@@ -137,7 +129,7 @@ def train(job: Job, context: Context) -> Path:
     return folder
 
 
-def _train_step(job: Job, model: nn.Module, step: int, context: Context) -> dict[str, float]:
+def _train_step(job: Job, stepper: Stepper, step: int, context: Context) -> dict[str, float]:
     """One optimizer step. The loss is divided by the targets of the whole step, over all ranks and micro-batches."""
     started = time.perf_counter()
     batches = job.stream.micro_batches(step, context.rank, context.world, job.rows_per_micro_batch)
@@ -145,30 +137,24 @@ def _train_step(job: Job, model: nn.Module, step: int, context: Context) -> dict
     targets = context.sum(sum(batch.num_targets for batch in batches))
     if targets == 0:
         raise UserError(f"{job.plan.phase}: step {step} has no token to learn; `ghostvis-data check` shows the samples")
-    loss_sum = torch.zeros((), device=context.device)
     for number, batch in enumerate(batches, 1):
-        hold = nullcontext() if number == len(batches) else context.accelerator.no_sync(model)
-        with hold:
-            with context.autocast():
-                loss = model(**batch.to(context.device).inputs())
-            # Data-parallel ranks average their gradients; the sum is wanted, so the world size goes back in.
-            (loss * (context.world / targets)).backward()
-        loss_sum += loss.detach()
-    norm = nn.utils.clip_grad_norm_(job.optimizers.parameters, GRADIENT_CLIP)
-    loss_mean = context.sum(loss_sum.item()) / targets
-    if not (loss_mean < float("inf")) or not torch.isfinite(norm):
+        # Data-parallel ranks average their gradients; the sum is wanted, so the world size goes back in.
+        stepper.add(batch, context.world / targets, last=number == len(batches))
+    loss_sum, norm = stepper.clip()
+    loss_mean = context.sum(loss_sum) / targets
+    if not (loss_mean < float("inf")) or not math.isfinite(norm):
         names = [name for batch in batches for row in batch.sample_ids for name in row]
         raise UserError(
-            f"{job.plan.phase}: loss {loss_mean} and gradient norm {norm.item()} at step {step + 1}.\n"
+            f"{job.plan.phase}: loss {loss_mean} and gradient norm {norm} at step {step + 1}.\n"
             f"  samples  {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}\n"
             f"  likely   a learning rate that is too high, or a broken sample among these\n"
             f"  try      a lower rate under a new --model-tag, or ghostvis-data check on the data"
         )
     multiplier = trapezoid(step, job.plan.steps, job.plan.warmup, job.plan.decay)
-    job.optimizers.step(multiplier)
+    stepper.update(multiplier)
     return {
         "loss": loss_mean,
-        "grad_norm": norm.item(),
+        "grad_norm": norm,
         "targets": targets,
         "rate": multiplier,
         "data_wait_s": data_wait,

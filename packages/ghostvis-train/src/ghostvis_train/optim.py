@@ -34,19 +34,25 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     stacks[parameter.shape].append(parameter)
             for shape, parameters in stacks.items():
-                updates = newton_schulz(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                updates = newton_schulz(torch.stack(self._momentum(parameters, group["momentum"])))
                 scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                updates = updates.to(parameters[0].dtype)
+                if isinstance(scale, Tensor):  # as in a CUDA graph: a number would be recorded for good
+                    torch._foreach_sub_(parameters, list((updates * scale).unbind()))
+                else:
+                    torch._foreach_add_(parameters, list(updates.unbind()), alpha=-scale)
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov: the gradient, looked at from where the momentum leads."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        buffer = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(buffer, momentum)
+    def _momentum(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov: the gradients, looked at from where the momentum leads."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, buffers, momentum))
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,23 @@ class Optimizers:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.groups for parameter in group["params"]]
 
-    def step(self, multiplier: float) -> None:
-        """One update at `multiplier` times the peak rates; gradients are forgotten."""
+    def step(self, multiplier: float | Tensor) -> None:
+        """One update at `multiplier` times the peak rates; gradients are forgotten.
+
+        A multiplier on the GPU may change between replays of a CUDA graph; then gradients become zero where they are.
+        """
+        on_device = isinstance(multiplier, Tensor)
         for group in self.groups:
             group["lr"] = group["peak"] * multiplier
+            if "capturable" in group:  # of AdamW
+                group["capturable"] = on_device
         for part in self.parts:
             part.step()
-            part.zero_grad(set_to_none=True)
+            part.zero_grad(set_to_none=not on_device)
+        for group in self.groups if on_device else ():
+            group["lr"] = group["peak"]  # what is saved holds no tensor of this GPU
+            if "capturable" in group:
+                group["capturable"] = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}

@@ -44,6 +44,9 @@ class RunOptions:
     """Where to train."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of matrix products; weights stay float32. auto: bf16 where the hardware multiplies it."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record a step once and replay it, which spares the host hundreds of launches and takes a little room and
+    arithmetic. auto: where one process trains on one GPU, a step is small, and no published encoder is in it."""
     save_every: int | None = None
     """Steps between checkpoints from which a killed run goes on. None: a tenth of the run."""
     log_every: int | None = None
@@ -174,7 +177,7 @@ class EvalConfig:
     """A named recipe or a folder. None: the one the checkpoint was trained on."""
     max_samples: int | None = None
     """Samples of each split. None: all."""
-    batch_size: int = 128
-    """Questions answered side by side."""
+    batch_size: int | None = None
+    """Questions answered side by side. None: 64, on a GPU up to 512 where their keys and values take at most 4 GiB."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""

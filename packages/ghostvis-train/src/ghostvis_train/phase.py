@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +13,30 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ghostvis_data import Dataset, Recipe, Stream, TinyWorldSizes, open_recipe
+from ghostvis_data import Dataset, Recipe, Stream, open_recipe
 from ghostvis_data.decode import decoder
 from ghostvis_data.recipes import recipe_id, short_name
 from ghostvis_model import checkpoint
 from ghostvis_model.config import VLMConfig
+from ghostvis_model.moe import MixtureOfExperts
 from ghostvis_model.tokenizer import Tokenizer
+from ghostvis_model.vision import VisionTower
+from ghostvis_train import world
 from ghostvis_train.context import Context, resolve_device, start
 from ghostvis_train.loop import Job, Plan
 from ghostvis_train.loop import Stream as Batches
 from ghostvis_train.optim import Optimizers
 from ghostvis_train.options import RunOptions, UserError
 from ghostvis_train.settings import Settings
+from ghostvis_train.world import TINY_WORLD
 
-TINY_WORLD = "tiny_world"
-TINY_SIZES = TinyWorldSizes()
 SMALLEST_EPOCH = 16  # steps: a batch that swallows a small data set whole would learn nothing in an epoch
+# Operations of a micro-batch below which steps are recorded. With 12.9e12 (8 x 2,048 tokens at depth 12) the launches
+# still take longer than the GPU: 57.6 ms a step, 32.5 as graphs (one H200, slow host, 2026-11-21). Above: not measured.
+SMALL_STEP = 1.5e13
+# Pixels of a side up to which one thread decodes: it is all Python, and threads would only fight for the interpreter.
+# Pictures of 48 pixels, 58 a step: one thread 8.4 ms, two 13.5, eight 18.3 (two EPYC cores, 2026-11-21).
+THUMBNAIL = 64
 MICRO_BATCH_ROWS = 8  # of real runs, unless --device-batch-size says otherwise
 
 
@@ -42,18 +48,7 @@ def announce(phase: str, what: str) -> None:
 
 def open_data(name: str, seed: int) -> Recipe:
     """The recipe, its tiny world rendered with a progress line where it is not there yet."""
-    started = time.perf_counter()
-
-    def progress(done: int, total: int) -> None:
-        if done % 500 == 0 or done == total:
-            seconds = time.perf_counter() - started
-            end = "\n" if done == total else "\r"
-            left = seconds / done * (total - done)
-            print(
-                f"tiny world: {done}/{total} samples, {done / seconds:,.0f}/s, {left:.0f} s left ", end=end, flush=True
-            )
-
-    return open_recipe(name, seed=seed, sizes=TINY_SIZES, on_progress=progress if sys.stdout.isatty() else None)
+    return open_recipe(name, seed=seed, sizes=world.SIZES, on_progress=world.progress())
 
 
 def tag_of(run: RunOptions, source: Path | None = None) -> str:
@@ -119,11 +114,13 @@ def make_stream(
             tokenizer,
             tokens_per_image=model.tokens_per_image,
             image_size=model.vision.image_size if model.vision else 0,
+            fit=model.vision.fit if model.vision else "letterbox",
             row_tokens=row_tokens,
             rows_per_step=rows,
             seed=run.seed,
             shares=recipe.shares(phase),
             loss_on=loss_on,
+            threads=1 if model.vision and model.vision.image_size <= THUMBNAIL else None,
             device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
             skip_budget=run.skip_budget,
         )
@@ -186,6 +183,7 @@ def make_job(
         data=data_hash(data),
         tokenizer=tokenizer.hash if tokenizer is not None else None,
     )
+    micro_batch = run.device_batch_size or micro_batch_rows(run, rows, context.world)
     job = Job(
         kind=kind,
         model=model.to(context.device),
@@ -196,7 +194,8 @@ def make_job(
         meta={"config": config, "parent": str(parent) if parent else None},
         save_every=run.save_every or max(1, steps // 10),
         log_every=run.log_every or max(1, steps // 20),
-        rows_per_micro_batch=run.device_batch_size or micro_batch_rows(run, rows, context.world),
+        rows_per_micro_batch=micro_batch,
+        captured=records_steps(run, context.device, context.world, model, micro_batch * stream.row_tokens),
         skipped=(lambda: stream.stats().skipped) if isinstance(stream, Stream) else dict,
     )
     describe(job, context)
@@ -211,6 +210,27 @@ def micro_batch_rows(run: RunOptions, rows: int, world: int) -> int:
     return max(n for n in range(1, min(mine, MICRO_BATCH_ROWS) + 1) if mine % n == 0)
 
 
+def records_steps(run: RunOptions, device: torch.device, world: int, model: nn.Module, tokens: int) -> bool:
+    """Whether steps of so many tokens a micro-batch run as CUDA graphs.
+
+    Raises UserError where they were asked for and cannot.
+    """
+    why_not = None
+    if device.type != "cuda" or world > 1:
+        why_not = f"this is {world} process(es) on {device.type}; they are for one on one GPU"
+    elif os.environ.get("GHOSTVIS_CHECK") == "1":
+        why_not = "GHOSTVIS_CHECK=1 looks at every target, which waits for the GPU"
+    elif any(isinstance(module, MixtureOfExperts) for module in model.modules()):
+        why_not = "the balance loss of experts would count the tokens that fill a batch up"
+    if run.cuda_graphs == "on" and why_not:
+        raise UserError(f"--cuda-graphs on, but {why_not}; leave the flag out")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    towers = [module for module in model.modules() if isinstance(module, VisionTower)]
+    # Published encoders have not been recorded yet, and pictures that fill a batch up are not for nothing with them.
+    small = 6 * parameters * tokens < SMALL_STEP and all(tower.config.encoder == "tiny" for tower in towers)
+    return why_not is None and (run.cuda_graphs == "on" or (run.cuda_graphs == "auto" and small))
+
+
 def describe(job: Job, context: Context) -> None:
     """Print the plan and what learns."""
     plan = job.plan
@@ -218,7 +238,7 @@ def describe(job: Job, context: Context) -> None:
     context.say(
         f"plan     {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
         f"{job.rows_per_micro_batch} rows per micro-batch, {context.world} process(es), "
-        f"{plan.precision} on {context.device}"
+        f"{plan.precision} on {context.device}{', as CUDA graphs' if job.captured else ''}"
     )
     context.say(f"rates    {rates}; rising over {plan.warmup:.0%}, falling over {plan.decay:.0%} of the steps")
     for name, note in plan.notes.items():
