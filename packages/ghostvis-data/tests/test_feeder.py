@@ -138,6 +138,24 @@ def test_a_picture_that_breaks_is_named_and_counted_here(tmp_path, write, chat, 
         assert digest(stream.micro_batches(0)) == digest(again.micro_batches(0))
 
 
+def test_what_is_found_in_steps_that_nobody_wants_any_more_is_counted_when_it_comes(
+    tmp_path, write, chat, png, tokenizer
+):
+    samples = [chat(f"c{n}", images=[png(n)[: 40 if n == 3 else None]]) for n in range(60)]
+    data = write(tmp_path / "d", samples)
+    with make([data], tokenizer, skip_budget=1, processes=0, prefetch_steps=0) as threads:
+        where = 1
+        while not threads.stats().skipped:
+            where += 1
+            threads.micro_batches(where)
+    with make([data], tokenizer, skip_budget=1, processes=1, prefetch_steps=1) as stream:
+        stream.micro_batches(where - 2)
+        time.sleep(0.5)  # the process goes on to the broken picture
+        stream.micro_batches(where + 100)
+        stream.micro_batches(where)
+        assert stream.stats().skipped == {"image": 1}
+
+
 def test_a_fault_of_ours_comes_with_where_it_happened(mixed, tokenizer, monkeypatch):
     with make(mixed, tokenizer) as stream:
         monkeypatch.setattr(stream._layout, "lay_out", lambda *_: 1 / 0)

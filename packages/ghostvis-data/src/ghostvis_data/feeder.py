@@ -157,11 +157,15 @@ class Feeder:
     def _receive(self, key: Key, arrived: Callable[[list[Batch]], Any]) -> Any:
         if key != self._next:
             self._tell(key)
-        while (answer := self._answer()).key != key:
-            self._tell(answer.block)  # of a step that nobody wants any more
+        answer = self._answer()
+        found = answer.broken
+        while answer.key != key:
+            self._tell(answer.block)  # of a step that nobody wants any more; what it found is said only once
+            answer = self._answer()
+            found += answer.broken
         self._next = _later(key, self.stride)
         try:
-            for where, sample, broken in answer.broken:
+            for where, sample, broken in found:
                 self._skipped.add(where, sample, broken)
             if answer.error is not None:
                 raise answer.error
