@@ -3,12 +3,11 @@
 import importlib
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
+from ghostvis_kernels.aot import AotCase, machine_code
 from ghostvis_model.config import get_config, qwen25_config
 from ghostvis_model.decode_fused import KEYS, tile_of
 
@@ -16,10 +15,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are Python functions under the interpreter", allow_module_level=True)
 
-compiler = importlib.import_module("triton.compiler")
-target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
 kernels = importlib.import_module("ghostvis_model.decode_kernels")
-TOOLS = Path(importlib.import_module("triton.backends.nvidia").__file__).parent / "bin"
 SHAPES = {"d20": get_config(20, 65_536), "qwen 1.5B": qwen25_config("1.5B")}
 SIGNATURES = {
     "qkv": "x:*bf16 norm:*bf16 wq:*bf16 wk:*bf16 wv:*bf16 bq:*bf16 bk:*bf16 bv:*bf16 sq:*bf16 sk:*bf16 sv:*bf16 "
@@ -34,27 +30,18 @@ SIGNATURES = {
 }
 
 
-def machine_code(name, constants, warps, stages, folder):
+def code_of(name, constants, warps, stages):
+    """The instructions for sm_90 of a kernel whose arguments are exactly these."""
     function = getattr(kernels, f"{name}_kernel")
     signature = dict(part.split(":") for part in SIGNATURES[name].split())
-    place = {argument: (index,) for index, argument in enumerate(function.arg_names)}
-    assert set(place) == {*signature, *constants}
-    wide = [argument for argument, kind in signature.items() if "*" in kind or argument == "stride"]
-    source = compiler.ASTSource(
-        fn=function,
-        signature={argument: signature.get(argument, "constexpr") for argument in function.arg_names},
-        constexprs={place[argument]: value for argument, value in constants.items()},
-        attrs={place[argument]: [["tt.divisibility", 16]] for argument in wide},
-    )
-    kernel = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-    path = folder / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    return subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+    assert set(function.arg_names) == {*signature, *constants}
+    wide = tuple(argument for argument, kind in signature.items() if "*" in kind or argument == "stride")
+    return machine_code(AotCase(function, signature, constants, wide, warps, stages), 90)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["qkv", "out", "swiglu", "down", "head"])
-def test_a_product_asks_for_its_weights_16_bytes_at_a_time_before_it_waits(name, shape, tmp_path):
+def test_a_product_asks_for_its_weights_16_bytes_at_a_time_before_it_waits(name, shape):
     text = SHAPES[shape]
     width, inner, size = text.hidden_size, text.intermediate_size, text.head_dim
     rows, columns = {
@@ -75,7 +62,7 @@ def test_a_product_asks_for_its_weights_16_bytes_at_a_time_before_it_waits(name,
     if name in ("qkv", "swiglu", "head"):
         constants["NORM"] = text.norm_weight
     kernel = "add_linear" if name in ("out", "down") else name
-    code = machine_code(kernel, constants, warps, 3, tmp_path)
+    code = code_of(kernel, constants, warps, 3)
     assert not re.findall(r"\b(LDL|STL)\b", code)
     assert not re.findall(r"\bD(ADD|MUL|FMA)\b", code)
     weights = re.findall(r"\bLDG\.E\.EF\S*", code)
@@ -85,14 +72,14 @@ def test_a_product_asks_for_its_weights_16_bytes_at_a_time_before_it_waits(name,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_multiplies_in_tensor_cores(shape, tmp_path):
+def test_attention_multiplies_in_tensor_cores(shape):
     text = SHAPES[shape]
     groups = text.num_heads // text.num_kv_heads
     constants = {
         "H": text.num_heads, "K": text.num_kv_heads, "SIZE": text.head_dim, "G": groups, "GP": 16, "SPLITS": 16,
         "SPLITS_P": 16, "AT_ONCE": min(groups, 6), "BS": KEYS, "NORM": text.qk_norm, "PDL": True,
     }  # fmt: skip
-    code = machine_code("attention", constants, 4, 1, tmp_path)
+    code = code_of("attention", constants, 4, 1)
     assert re.findall(r"\bH(G)?MMA\b", code)
     assert not re.findall(r"\bD(ADD|MUL|FMA)\b", code)
     assert not re.findall(r"\b(LDL|STL)\b", code)
