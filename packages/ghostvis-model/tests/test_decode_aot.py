@@ -9,7 +9,7 @@ import torch
 
 from ghostvis_kernels.aot import AotCase, machine_code
 from ghostvis_model.config import get_config, qwen25_config
-from ghostvis_model.decode_fused import KEYS, tile_of
+from ghostvis_model.decode_fused import AT_ONCE, KEYS, out_tile, tile_of
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -25,8 +25,9 @@ SIGNATURES = {
     "out:*bf16 eps:fp32",
     "head": "x:*bf16 norm:*bf16 w:*bf16 scale:*bf16 forbidden:*i8 logits:*fp32 best:*fp32 where:*i32 eps:fp32 cap:fp32 "
     "vocabulary:i32",
-    "attention": "qkv:*fp32 k_cache:*bf16 v_cache:*bf16 lengths:*i64 cos:*fp32 sin:*fp32 partial:*fp32 sums:*fp32 "
-    "done:*i32 y:*bf16 eps:fp32 scale:fp32 stride:i32",
+    "attention": "qkv:*fp32 k_cache:*bf16 v_cache:*bf16 lengths:*i64 cos:*fp32 sin:*fp32 means:*bf16 masses:*fp32 "
+    "eps:fp32 scale:fp32 stride:i32",
+    "out": "means:*bf16 masses:*fp32 lengths:*i64 w:*bf16 bias:*bf16 scale:*bf16 stream:*bf16",
 }
 
 
@@ -40,13 +41,12 @@ def code_of(name, constants, warps, stages):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["qkv", "out", "swiglu", "down", "head"])
+@pytest.mark.parametrize("name", ["qkv", "swiglu", "down", "head"])
 def test_a_product_asks_for_its_weights_16_bytes_at_a_time_before_it_waits(name, shape):
     text = SHAPES[shape]
     width, inner, size = text.hidden_size, text.intermediate_size, text.head_dim
     rows, columns = {
         "qkv": (text.num_kv_heads * size, width),
-        "out": (width, text.num_heads * size),
         "swiglu": (inner, width),
         "down": (width, inner),
         "head": (text.vocab_size, width),
@@ -61,8 +61,23 @@ def test_a_product_asks_for_its_weights_16_bytes_at_a_time_before_it_waits(name,
     }.get(name, {"BIAS": False})
     if name in ("qkv", "swiglu", "head"):
         constants["NORM"] = text.norm_weight
-    kernel = "add_linear" if name in ("out", "down") else name
-    code = code_of(kernel, constants, warps, 3)
+    asks_early(code_of("add_linear" if name == "down" else name, constants, warps, 3))
+
+
+@pytest.mark.parametrize("pieces", [1, 16, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_output_projection_asks_for_its_weights_before_it_waits_for_attention(shape, pieces):
+    text = SHAPES[shape]
+    tile = out_tile(text.hidden_size, text.num_heads, text.head_dim)
+    warps = tile.pop("num_warps")
+    constants = {
+        **tile, "H": text.num_heads, "SIZE": text.head_dim, "SPLITS": pieces, "BS": KEYS,
+        "AT_ONCE": min(AT_ONCE, pieces), "BIAS": False, "INT8": False, "PDL": True,
+    }  # fmt: skip
+    asks_early(code_of("out", constants, warps, 3))
+
+
+def asks_early(code):
     assert not re.findall(r"\b(LDL|STL)\b", code)
     assert not re.findall(r"\bD(ADD|MUL|FMA)\b", code)
     weights = re.findall(r"\bLDG\.E\.EF\S*", code)
@@ -77,7 +92,7 @@ def test_attention_multiplies_in_tensor_cores(shape):
     groups = text.num_heads // text.num_kv_heads
     constants = {
         "H": text.num_heads, "K": text.num_kv_heads, "SIZE": text.head_dim, "G": groups, "GP": 16, "SPLITS": 16,
-        "SPLITS_P": 16, "AT_ONCE": min(groups, 6), "BS": KEYS, "NORM": text.qk_norm, "PDL": True,
+        "BS": KEYS, "NORM": text.qk_norm, "PDL": True,
     }  # fmt: skip
     code = code_of("attention", constants, 4, 1)
     assert re.findall(r"\bH(G)?MMA\b", code)

@@ -162,6 +162,28 @@ def test_the_fused_step_is_the_decoders_step(shape, int8):
         assert b.cache.lengths.item() == start + 1
 
 
+@pytest.mark.parametrize("start", [4095, 16_000])
+@torch.inference_mode()
+def test_the_fused_step_reads_a_long_cache(start):
+    text = dataclasses.replace(get_config(4, 1000, 16_384), num_layers=2)
+    model = random_model(text, torch.bfloat16)
+    plain = DecodeStep(model, graphs=False, fused=False)
+    fused = DecodeStep(model, graphs=False)
+    a, b = (Rows(model, 1, 16_384, [5]) for _ in range(2))
+    a.cache.keys.normal_()
+    a.cache.values.normal_()
+    b.cache.keys.copy_(a.cache.keys)
+    b.cache.values.copy_(a.cache.values)
+    for rows in (a, b):
+        rows.cache.lengths[:], rows.active[:], rows.tokens[:] = start, 1, 7
+    expected = plain._logits(a, 1, GREEDY)[0]
+    fused._bind(b)
+    found = fused._logits(b, 1, GREEDY)[0]
+    assert fused._fused is not None
+    assert fused._fused._pieces == 32
+    assert (found - expected).norm() / expected.norm() < 2e-2
+
+
 def test_a_lone_request_in_half_precision_takes_the_fused_step_and_a_graph_repeats_it(tokenizer):
     model = random_model(get_config(4, 1000, 1024), torch.bfloat16)
     pixels = np.zeros((0, 3, 1, 1), np.uint8)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ghostvis_model.vlm import GhostVis
 
 PIECES_PER_SM = 2  # programs of the attention kernel
-KEYS = 64  # tokens of the cache that one of them reads at a time
+KEYS = 128  # tokens of the cache that one of them reads at a time
+MOST_PIECES = 32  # each of the output projection's programs reads all of them
 
 
 def why_not(model: GhostVis) -> str | None:
@@ -33,6 +34,8 @@ def why_not(model: GhostVis) -> str | None:
         return f"it is for half precision; the model is {weight.dtype}"
     if text.mlp != "swiglu":
         return f"its MLP is SwiGLU; the model's is {text.mlp}"
+    if text.head_dim & (text.head_dim - 1):
+        return f"heads must have a power of two of numbers; the model's have {text.head_dim}"
     return None
 
 
@@ -45,12 +48,8 @@ class FusedStep:
         self._model, self._rows = model, rows
         self._pdl = launches_early(device)
         heads, kv_heads, size = text.num_heads, text.num_kv_heads, text.head_dim
-        groups = heads // kv_heads
         wanted = PIECES_PER_SM * _multiprocessors(device) // kv_heads
-        self._pieces = max(1, min(wanted, rows.cache.capacity // KEYS, 64))
-        # Query heads added up at once: 12288 numbers are 96 registers of each thread, and with more of them they spill.
-        most = max(1, 12288 // ((1 << (self._pieces - 1).bit_length()) * size))
-        self._at_once = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
+        self._pieces = max(1, min(wanted, rows.cache.capacity // KEYS, MOST_PIECES))
         # Tokens loaded ahead in shared memory pay where a piece is long; the first tile is in registers anyway.
         self._stages = 3 if rows.cache.capacity > 8 * KEYS * self._pieces else 1
 
@@ -59,16 +58,15 @@ class FusedStep:
 
         self._x = buffer(text.hidden_size, kind=dtype)
         self._qkv = buffer((heads + 2 * kv_heads) * size)
-        self._partial = buffer(kv_heads, self._pieces, groups, size)
-        self._sums = buffer(2, kv_heads, self._pieces, groups)
-        self._done = buffer(kv_heads, kind=torch.int32)
-        self._mixed = buffer(heads * size, kind=dtype)
+        self._means = buffer(1 + self._pieces, heads, size, kind=dtype)
+        self._masses = buffer(1 + self._pieces, heads)
         self._hidden = buffer(text.intermediate_size, kind=dtype)
         self.logits = buffer(1, text.vocab_size)
         """float32 [1, V]."""
         self.chosen = buffer(1, kind=torch.long)
         """int64 [1]: the likeliest token, -1 where logits are not finite."""
         self._tile = {name: tile_of(name, *shape, dtype) for name, shape in self._shapes().items()}
+        self._tile["out"] = out_tile(text.hidden_size, heads, size)
         head = self._tile["head"]
         blocks = -(-text.vocab_size // (head["W"] * head["R"]))
         self._best, self._where = buffer(blocks), buffer(blocks, kind=torch.int32)
@@ -80,7 +78,6 @@ class FusedStep:
         text = self._model.config.text
         return {
             "qkv": (text.num_kv_heads * text.head_dim, text.hidden_size),
-            "out": (text.hidden_size, text.num_heads * text.head_dim),
             "swiglu": (text.intermediate_size, text.hidden_size),
             "down": (text.hidden_size, text.intermediate_size),
             "head": (1 << 30, text.hidden_size),
@@ -116,14 +113,19 @@ class FusedStep:
                 INT8=weights[0].dtype == torch.int8, **_fitted(tile, weights[0]), **early,
             )  # fmt: skip
             keys, values = rows.cache.keys[index], rows.cache.values[index]
-            kernels.attention_kernel[(kv_heads, self._pieces)](
-                self._qkv, keys, values, rows.cache.lengths, decoder.cos, decoder.sin, self._partial, self._sums,
-                self._done, self._mixed, eps, size**-0.5, keys.stride(1),
+            kernels.attention_kernel[(kv_heads, 1 + self._pieces)](
+                self._qkv, keys, values, rows.cache.lengths, decoder.cos, decoder.sin, self._means, self._masses,
+                eps, size**-0.5, keys.stride(1),
                 H=heads, K=kv_heads, SIZE=size, G=groups, GP=max(16, 1 << (groups - 1).bit_length()),
-                SPLITS=self._pieces, SPLITS_P=1 << (self._pieces - 1).bit_length(), AT_ONCE=self._at_once, BS=KEYS,
-                NORM=text.qk_norm, num_warps=4, num_stages=self._stages, **early,
+                SPLITS=self._pieces, BS=KEYS, NORM=text.qk_norm, num_warps=4, num_stages=self._stages, **early,
             )  # fmt: skip
-            self._add("out", layer.o_proj, self._mixed, early)
+            weight, bias, scale = _parts(layer.o_proj)
+            tile = self._tile["out"]
+            kernels.out_kernel[(width // tile["W"],)](
+                self._means, self._masses, rows.cache.lengths, weight, bias, scale, self._x,
+                H=heads, SIZE=size, SPLITS=self._pieces, BS=KEYS, AT_ONCE=min(AT_ONCE, 1 + self._pieces),
+                BIAS=text.linear_bias, INT8=weight.dtype == torch.int8, **tile, **early,
+            )  # fmt: skip
             tile = self._tile["swiglu"]
             gate, up = _parts(layer.gate_proj), _parts(layer.up_proj)
             kernels.swiglu_kernel[(text.intermediate_size // (tile["W"] * tile["R"]),)](
@@ -131,7 +133,13 @@ class FusedStep:
                 eps, D=width, NORM=text.norm_weight, BIAS=text.linear_bias, INT8=gate[0].dtype == torch.int8,
                 **_fitted(tile, gate[0]), **early,
             )  # fmt: skip
-            self._add("down", layer.down_proj, self._hidden, early)
+            tile = self._tile["down"]
+            weight, bias, scale = _parts(layer.down_proj)
+            kernels.add_linear_kernel[(width // (tile["W"] * tile["R"]),)](
+                self._hidden, weight, bias, scale, self._x,
+                D=text.intermediate_size, BIAS=text.linear_bias, INT8=weight.dtype == torch.int8,
+                **_fitted(tile, weight), **early,
+            )  # fmt: skip
         tile = self._tile["head"]
         weight, _, scale = _parts(decoder.lm_head)
         blocks = self._best.shape[0]
@@ -144,17 +152,8 @@ class FusedStep:
         if pick:
             kernels.pick_kernel[(1,)](
                 self._best, self._where, rows.tokens, self.chosen, rows.cache.lengths, rows.sampler.produced,
-                rows.active, blocks, BLOCK=8192, num_warps=32, **early,
+                rows.active, blocks, BLOCK=min(32768, 1 << (blocks - 1).bit_length()), num_warps=32, **early,
             )  # fmt: skip
-
-    def _add(self, name: str, projection: nn.Module, x: Tensor, early: dict[str, Any]) -> None:
-        tile = self._tile[name]
-        weight, bias, scale = _parts(projection)
-        _kernels().add_linear_kernel[(weight.shape[0] // (tile["W"] * tile["R"]),)](
-            x, weight, bias, scale, self._x,
-            D=weight.shape[1], BIAS=self._model.config.text.linear_bias, INT8=weight.dtype == torch.int8,
-            **_fitted(tile, weight), **early,
-        )  # fmt: skip
 
 
 def _kernels() -> Any:
@@ -175,19 +174,18 @@ def _or(given: Tensor | None, other: Tensor) -> Tensor:
     return other if given is None else given
 
 
-# (kernel, columns of its weight): rows at a time (W), times (R), columns at a time (BK, of 2-byte weights), warps.
-# Measured on one H200 in whole steps of d20 and Qwen2.5-1.5B (torch 2.11, triton 3.6, seven tiles each, 2026-11-21).
-TILES: dict[tuple[str, int], tuple[int, int, int, int]] = {
-    ("qkv", 1280): (8, 1, 256, 8),
-    ("out", 1280): (2, 1, 256, 2),
-    ("swiglu", 1280): (4, 2, 256, 4),
-    ("down", 3456): (8, 1, 256, 8),
-    ("head", 1280): (4, 1, 256, 4),
-    ("qkv", 1536): (2, 1, 256, 2),
-    ("out", 1536): (4, 1, 256, 4),
-    ("swiglu", 1536): (4, 1, 256, 4),
-    ("down", 8960): (2, 1, 1024, 8),
-    ("head", 1536): (4, 2, 256, 4),
+# (kernel, columns of its weight): rows at a time (W), times (R), columns at a time (BK, of 2-byte weights), warps, and
+# the most loads that a thread has under way (MOST; 0: no limit). Measured on one H200 in whole steps of d20 and
+# Qwen2.5-1.5B (torch 2.11, triton 3.6, some ten tiles each, 2026-11-21). The limit takes 3 % off Qwen2.5's step.
+TILES: dict[tuple[str, int], tuple[int, int, int, int, int]] = {
+    ("qkv", 1280): (8, 1, 256, 8, 0),
+    ("swiglu", 1280): (8, 2, 256, 8, 0),
+    ("down", 3456): (8, 1, 256, 8, 0),
+    ("head", 1280): (8, 1, 256, 8, 0),
+    ("qkv", 1536): (2, 1, 256, 2, 0),
+    ("swiglu", 1536): (2, 2, 256, 2, 0),
+    ("down", 8960): (2, 1, 1024, 8, 4),
+    ("head", 1536): (4, 4, 256, 4, 0),
 }
 HELD = 14  # loads of 16 bytes that a thread may have under way where no tile was measured: 56 of its registers
 
@@ -200,10 +198,10 @@ def tile_of(name: str, rows: int, columns: int, dtype: torch.dtype) -> dict[str,
     if columns % 8:
         raise ValueError(f"{name} weights have {columns} columns; the fused step needs a multiple of 8")
     if (name, columns) in TILES:
-        w, r, bk, warps = TILES[name, columns]
+        w, r, bk, warps, most = TILES[name, columns]
     else:
         matrices = 2 if name == "swiglu" else 1
-        w, r, bk, warps = 4, 1, 256, 4
+        w, r, bk, warps, most = 4, 1, 256, 4, 0
         while matrices * -(-columns // bk) > HELD:
             w, bk, warps = (w // 2, bk * 2, warps) if w > 1 else (w, bk * 2, warps * 2)
         if name == "head" and 2 * -(-columns // bk) <= HELD:
@@ -212,7 +210,24 @@ def tile_of(name: str, rows: int, columns: int, dtype: torch.dtype) -> dict[str,
         r //= 2
     while rows % (w * r):
         w //= 2
-    return {"W": w, "R": r, "BK": bk * 2 // dtype.itemsize, "num_warps": warps}
+    return {"W": w, "R": r, "BK": bk * 2 // dtype.itemsize, "MOST": most, "num_warps": warps}
+
+
+OUT_ROWS = 8  # rows of the output projection in a program
+AT_ONCE = 3  # pieces of attention that it adds up at a time
+
+
+def out_tile(rows: int, heads: int, size: int) -> dict[str, int]:
+    """The tile of the output projection; `rows` must be cut evenly. 16 bytes of each row for a thread, at most 8 warps.
+
+    It holds W rows of all columns and AT_ONCE pieces in registers.
+    """
+    columns = (1 << (heads - 1).bit_length()) * size
+    warps = max(1, min(8, columns // 256))
+    w = max(1, min(OUT_ROWS, 64 * 32 * warps // columns))
+    while rows % w:
+        w //= 2
+    return {"W": w, "HP": columns // size, "num_warps": warps}
 
 
 def _fitted(tile: dict[str, int], weight: Tensor) -> dict[str, int]:
