@@ -56,6 +56,8 @@ def test_values(expression, value):
         ("9 ** 9 ** 9 ** 9", "bits"),
         ("10 ** 99999999999999999999", "bits"),
         ("(-2) ** 0.5", "root"),
+        ("1e-400 ** -.5", "too small"),
+        ("1e300 ** .5", "too large"),
         ("1e999 * 1e999", "bits"),
         ("(" * 100 + "1" + ")" * 100, "inside each other"),
         ("2**" * 60 + "1", "inside each other"),

@@ -229,3 +229,18 @@ def test_ghosts_tokenizer_is_no_chatml():
     ghost = Tokenizer.train(TEXTS, 300)
     assert not ghost.is_chatml
     assert list(ghost.special_tokens) == list(SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"model": "BPE", "added_tokens": []},
+        {"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [{"content": "<|im_end|>"}]},
+        {"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": None},
+        {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a z"]}, "added_tokens": []},
+    ],
+)
+def test_a_damaged_file_is_refused_when_it_is_loaded(tmp_path, damaged):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+    with pytest.raises(TokenizerError, match="is not a GhostVis tokenizer"):
+        Tokenizer.load(tmp_path)

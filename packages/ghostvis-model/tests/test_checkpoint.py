@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ghostvis_model import checkpoint
 from ghostvis_model.checkpoint import CheckpointError
+from ghostvis_model.config import ConfigError
 from ghostvis_model.vlm import GhostVis
 
 
@@ -74,6 +75,15 @@ def test_damaged_meta_is_named(saved):
     (saved / "meta.json").write_text(json.dumps({**meta, "config": {}}))
     with pytest.raises(CheckpointError, match="no config"):
         checkpoint.load(saved)
+    (saved / "meta.json").write_text(json.dumps({**meta, "config": {**meta["config"], "text": [1]}}))
+    with pytest.raises(ConfigError, match="TextConfig is a list"):
+        checkpoint.load(saved)
+    (saved / "meta.json").write_text(json.dumps({**meta, "tokenizer_hash": None}))
+    with pytest.raises(CheckpointError, match="was trained with tokenizer None"):
+        checkpoint.load(saved)
+    (saved / "meta.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged"):
+        checkpoint.load(saved)
     (saved / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"meta\.json is damaged"):
         checkpoint.load(saved)
@@ -87,6 +97,7 @@ def test_a_half_written_step_is_never_the_latest(saved):
     half = run / ".step_000009.123"
     shutil.copytree(saved, half)
     (run / "step_000009").mkdir()
+    shutil.copytree(saved, run / "step_000007_kept")
     assert checkpoint.latest(run) == saved
 
 

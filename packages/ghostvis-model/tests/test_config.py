@@ -70,6 +70,9 @@ def test_the_mlp_is_an_option_and_experts_share_the_width_of_a_dense_one():
     assert (moe.num_experts, moe.experts_per_token) == (8, 2)
     assert 0 <= 2 * moe.intermediate_size - 2.7 * 1280 < 2 * 128
     assert c.get_config(20, num_experts=8) == c.get_config(20)
+    for typo in ({"mlp": "gelu"}, {"vocab_size": 0}, {"context_length": -1}):
+        with pytest.raises(c.ConfigError):
+            c.get_config(20, **typo)
     with pytest.raises(c.ConfigError, match="3 of 2 experts"):
         c.get_config(20, mlp="moe", num_experts=2, experts_per_token=3)
 
@@ -81,6 +84,11 @@ def test_the_mlp_is_an_option_and_experts_share_the_width_of_a_dense_one():
 def test_tokens_that_a_connector_cannot_make_are_refused_with_the_nearest_it_can(kind, tokens, nearest):
     with pytest.raises(c.ConfigError, match=f"nearest: {nearest}"):
         c.get_vlm_config(4, 512, encoder="tiny", connector=kind, tokens_per_image=tokens)
+
+
+def test_an_unknown_connector_is_refused_with_the_known_ones():
+    with pytest.raises(c.ConfigError, match="perceiver, avgpool, pixel_shuffle, mlp"):
+        c.get_vlm_config(4, connector="percever")
 
 
 def test_an_unknown_encoder_is_refused_with_the_known_ones():

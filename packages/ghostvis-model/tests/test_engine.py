@@ -1,7 +1,7 @@
 """The engine: what it writes is what the model says, whoever else is in the batch, whenever a request came."""
 
 import dataclasses
-import math
+import itertools
 
 import pytest
 import torch
@@ -263,12 +263,18 @@ def test_what_is_wrong_with_one_request_ends_it_alone(model, tmp_path):
         (Prompt([1, 10_000], [], good[1].pixels), GenerationError),
         (Prompt(good[0].ids, good[0].image_starts, good[1].pixels), RenderError),
         (render_for_completion(question("Look", tmp_path / "none.png"), model.tokenizer, n), ImageError),
+        (render_for_completion(question("Look", picture(1)), model.tokenizer, 2 * n), RenderError),
+        (Prompt([1, 2.5], [], good[1].pixels), GenerationError),
+        (Prompt(good[0].ids, [good[0].image_starts[0] + 1], good[0].pixels), GenerationError),
+        (Prompt(good[0].ids, [9999], good[0].pixels), GenerationError),
+        (Prompt(good[0].ids, good[0].image_starts, good[0].pixels[:, :, ::2, ::2]), GenerationError),
+        (Prompt(good[0].ids, good[0].image_starts, good[0].pixels / 255), GenerationError),
     ]
     engine = Engine(model, max_batch=4)
     requests, bad = [], []
     for i, prompt in enumerate(good):
         requests += engine.submit(prompt, drawing(i))
-        bad += [(engine.submit(wrong, drawing(0))[0], error) for wrong, error in broken[2 * i : 2 * i + 2]]
+        bad += [(engine.submit(wrong, drawing(0))[0], error) for wrong, error in broken[3 * i : 3 * i + 3]]
         engine.step()
     engine.run()
     assert [request.tokens for request in requests] == expected
@@ -293,36 +299,61 @@ def test_logits_that_are_not_finite_end_their_request_alone(model):
         requests[1].raise_error()
 
 
-def test_a_failure_of_the_machine_is_raised_ends_what_is_under_way_and_the_engine_goes_on(model, monkeypatch):
-    engine = Engine(model)
-    expected = ask(Engine(model), [(prompts(model)[0], drawing(1))])
-    (request,) = engine.submit(prompts(model)[0], drawing(1))
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_failure_of_the_machine_is_raised_ends_what_is_under_way_and_the_engine_goes_on(model, monkeypatch, failure):
+    engine = Engine(model, max_batch=2)
+    prompt = prompts(model)[0]
+    expected = [ask(Engine(model), [(prompt, drawing(sub_seed(1, i)))])[0] for i in range(4)]
+    samples = engine.submit(prompt, drawing(1), samples=4)  # two of them wait for a row
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine._step, "run", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(engine._step, "run", _raising(failure()))
+        with pytest.raises(failure):
             engine.step()
-    with pytest.raises(GenerationError, match="broke off"):
-        request.raise_error()
-    assert ask(engine, [(prompts(model)[0], drawing(1))]) == expected
+    for request in samples[:2]:
+        with pytest.raises(GenerationError, match="broke off"):
+            request.raise_error()
+    engine.run()
+    assert [request.tokens for request in samples[2:]] == expected[2:]
+    assert ask(engine, [(prompt, drawing(1))]) == expected[:1]
 
 
-def test_a_batch_too_large_for_memory_ends_with_an_error_and_the_others_go_on(model, monkeypatch):
+@pytest.mark.parametrize("where", ["ghostvis_model.vlm.GhostVis.embed", "ghostvis_model.decode_step.Rows.resized"])
+def test_a_batch_too_large_for_memory_ends_with_an_error_and_the_others_go_on(model, monkeypatch, where):
     engine = Engine(model)
-    (first,) = engine.submit(prompts(model)[1], drawing(1))
+    wanted = [(prompts(model)[i], drawing(i, ignore_end=True)) for i in (1, 3)]
+    gone, first = (engine.submit(*one)[0] for one in wanted)
     engine.step()
+    engine.cancel(gone)  # its row is taken by one that does not fit, and then by the first
     with monkeypatch.context() as patch:
-        patch.setattr(model, "embed", _out_of_memory)
-        (second,) = engine.submit(prompts(model)[0], drawing(1))
+        patch.setattr(where, _raising(torch.OutOfMemoryError("no room")))
+        too_many = engine.submit(prompts(model)[0], drawing(1), samples=3)
         engine.step()
     engine.run()
-    assert first.tokens == ask(Engine(model), [(prompts(model)[1], drawing(1))])[0]
-    with pytest.raises(GenerationError, match="no memory"):
-        second.raise_error()
+    assert first.tokens == ask(Engine(model), wanted[1:])[0]
+    for request in too_many:
+        with pytest.raises(GenerationError, match="no memory"):
+            request.raise_error()
 
 
-def _out_of_memory(*_):
-    raise torch.OutOfMemoryError("no room")
+def _raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_streams_read_in_turn_lose_no_token(model):
+    engine = Engine(model)
+    wanted = [(prompt, drawing(i)) for i, prompt in enumerate(prompts(model))]
+    streams = [engine.stream(engine.submit(*one)[0]) for one in wanted]
+    told = [[] for _ in streams]
+    for tokens in itertools.zip_longest(*streams):
+        for one, token in zip(told, tokens, strict=True):
+            one += [token] if token is not None else []
+    ends = (model.tokenizer.assistant_end, model.tokenizer.bos)
+    expected = [ask(Engine(model), [one])[0] for one in wanted]
+    assert told == [tokens[:-1] if tokens[-1] in ends else tokens for tokens in expected]
 
 
 def test_streams_take_turns_and_closing_one_cancels_it(model):
@@ -366,160 +397,11 @@ def test_settings_out_of_range_are_refused_at_once(model):
         engine.submit(prompts(model)[0], Sampling(), samples=0)
     with pytest.raises(ValueError, match="max_batch"):
         Engine(model, max_batch=0)
+    with pytest.raises(ValueError, match="no ids of a vocabulary of 300"):
+        Engine(model, forbidden_ids=[300])
     with pytest.raises(ValueError, match="no CUDA graphs"):
         Engine(model, graphs=True)
     (request,) = engine.submit(prompts(model)[0], Sampling(stop_ids=(9999,)))
     assert engine.step() == [request]
     with pytest.raises(SamplingError, match="9999"):
         request.raise_error()
-
-
-# The calculator.
-
-
-def scripted(model, script):
-    """Make the model write `script` (ids) after any prompt, by choosing for it."""
-    from ghostvis_model.sampling import SamplerRows
-
-    original = SamplerRows.choose
-
-    def choose(self, logits, rows, mode):
-        places = self.produced[rows].tolist()
-        for row, place in enumerate(places):
-            logits[row] = torch.where(torch.arange(logits.shape[1]) == script[min(place, len(script) - 1)], 9.0, -9.0)
-        return original(self, logits, rows, mode)
-
-    return choose
-
-
-def calculation(model, code):
-    special, encode = model.tokenizer.special, model.tokenizer.encode
-    call = [special("<|python_start|>"), *encode(code), special("<|python_end|>")]
-    return [*encode("so "), *call], [special("<|output_start|>"), special("<|output_end|>")]
-
-
-def test_the_result_of_a_calculation_is_forced_into_the_answer_and_read_by_the_model(model, monkeypatch):
-    call, (output_start, output_end) = calculation(model, "12 * 3")
-    output = [output_start, *model.tokenizer.encode("36"), output_end]
-    script = [*call, *output, 65, 66, model.tokenizer.assistant_end]
-    monkeypatch.setattr("ghostvis_model.sampling.SamplerRows.choose", scripted(model, script))
-    engine = Engine(model)
-    prompt = prompts(model)[0]
-    (other,) = engine.submit(prompts(model)[1], Sampling(max_tokens=5, ignore_end=True))
-    (request,) = engine.submit(prompt, Sampling(max_tokens=60, logprobs=True))
-    engine.run()
-    assert request.tokens == script
-    assert [token for token, own in zip(request.tokens, request.sampled, strict=True) if not own] == output
-    assert [math.isnan(value) for value in request.logprobs] == [not own for own in request.sampled]
-    assert [(call.code, call.result) for call in request.tool_calls] == [("12 * 3", "36")]
-    assert other.finish_reason == "length"
-
-
-@torch.inference_mode()
-def test_tokens_after_a_forced_output_are_those_of_the_full_forward(model, monkeypatch):
-    call, (output_start, output_end) = calculation(model, "7*8")
-    forced = [output_start, *model.tokenizer.encode("56"), output_end]
-    prompt = prompts(model)[2]
-    started = Prompt([*prompt.ids, *call[:-1]], prompt.image_starts, prompt.pixels)
-    engine = Engine(model)
-    boost = torch.zeros(model.config.text.vocab_size)
-    original = model.decoder.logits
-
-    def logits(hidden):  # the part is closed at once
-        return original(hidden) + boost
-
-    monkeypatch.setattr(model.decoder, "logits", logits)
-    # Opened in the prompt: a part that the model did not open itself is not calculated.
-    boost[call[-1]] = 100
-    (request,) = engine.submit(started, Sampling(max_tokens=1))
-    engine.run()
-    assert request.tool_calls == []
-    boost.zero_()
-    script = [*call, *forced]
-    monkeypatch.setattr("ghostvis_model.sampling.SamplerRows.choose", following(script))
-    (request,) = engine.submit(prompt, Sampling(max_tokens=len(script) + 6, ignore_end=True))
-    engine.run()
-    assert request.tokens[: len(script)] == script
-    at = len(prompt.ids) + len(script) - 1
-    expected = full_logits(model, prompt, request.tokens)[at:-1]
-    expected[:, model.tokenizer.image] = float("-inf")
-    assert request.tokens[len(script) :] == expected.argmax(-1).tolist()
-
-
-def following(script):
-    """Choose the script first, then what the model says."""
-    from ghostvis_model.sampling import SamplerRows
-
-    original = SamplerRows.choose
-
-    def choose(self, logits, rows, mode):
-        for row, place in enumerate(self.produced[rows].tolist()):
-            if place < len(script):
-                logits[row] = torch.where(torch.arange(logits.shape[1]) == script[place], 9.0, -9.0)
-        return original(self, logits, rows, mode)
-
-    return choose
-
-
-@pytest.mark.parametrize("code", ["1/0", "import os", "9**9**9"])
-def test_code_without_a_value_forces_nothing_and_the_answer_goes_on(model, monkeypatch, code):
-    call, _ = calculation(model, code)
-    script = [*call, 65, model.tokenizer.assistant_end]
-    monkeypatch.setattr("ghostvis_model.sampling.SamplerRows.choose", scripted(model, script))
-    engine = Engine(model)
-    (request,) = engine.submit(prompts(model)[1], Sampling(max_tokens=60))
-    engine.run()
-    assert request.tokens == script
-    assert request.tool_calls[0].result is None
-    assert request.tool_calls[0].error
-
-
-def test_an_output_that_does_not_fit_ends_the_answer_and_the_calculator_can_be_off(model, monkeypatch):
-    call, _ = calculation(model, "2*3")
-    script = [*call, 65, model.tokenizer.assistant_end]
-    monkeypatch.setattr("ghostvis_model.sampling.SamplerRows.choose", scripted(model, script))
-    engine = Engine(model)
-    (request,) = engine.submit(prompts(model)[1], Sampling(max_tokens=len(call) + 2))
-    engine.run()
-    assert (request.finish_reason, request.tokens) == ("length", call)
-    plain = Engine(model, calculator=False)
-    (request,) = plain.submit(prompts(model)[1], Sampling(max_tokens=60))
-    plain.run()
-    assert (request.finish_reason, request.tokens) == ("stop", script)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("shape", ["ghost", "qwen25", "relu2"])
-@torch.inference_mode()
-def test_the_step_written_out_for_cpus_is_the_decoders_step(shape, count):
-    from ghostvis_model.config import VLMConfig, get_config
-    from ghostvis_model.decode_step import DecodeStep, Rows
-    from ghostvis_model.sampling import Mode
-    from ghostvis_model.vlm import GhostVis
-
-    text = get_config(2, 300, 64)
-    if shape == "relu2":
-        text = dataclasses.replace(text, mlp="relu2", linear_bias=True)
-    elif shape == "qwen25":
-        qwen = {"norm_weight": True, "qkv_bias": True, "qk_norm": False, "embedding_norm": False, "tied_head": True}
-        text = dataclasses.replace(text, num_heads=6, head_dim=32, logit_softcap=0.0, **qwen)
-    model = GhostVis(VLMConfig(text)).eval()
-    for parameter in model.parameters():
-        parameter.normal_(1.0, 0.3) if parameter.ndim == 1 else parameter.normal_(std=0.1)
-    ours, plain = DecodeStep(model), DecodeStep(model)
-    assert ours._cpu is not None
-    plain._cpu = None
-    a, b = Rows(model, 4, 32, []), Rows(model, 4, 32, [])
-    for rows in (a, b):
-        rows.active[:count], rows.tokens[:count] = 1, torch.arange(count) + 5
-        rows.cache.lengths[:count] = torch.tensor([9, 0, 20])[:count]
-    a.cache.keys.normal_()
-    a.cache.values.normal_()
-    b.cache.keys.copy_(a.cache.keys)
-    b.cache.values.copy_(a.cache.values)
-    for _ in range(3):
-        found, expected = (step._logits(rows, count, Mode(*[False] * 4))[0] for step, rows in ((ours, a), (plain, b)))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        for held, wanted in ((a.cache.keys, b.cache.keys), (a.cache.values, b.cache.values)):
-            torch.testing.assert_close(held, wanted, rtol=0, atol=1e-5)
-        assert a.cache.lengths.equal(b.cache.lengths)

@@ -10,6 +10,7 @@ from ghostvis_model.chat import RenderError, render_for_completion
 from ghostvis_model.generation import ContextOverflow, chat_prompt, generate, read_prompt
 from ghostvis_model.images import ImageError
 from ghostvis_model.sampling import SamplingError
+from ghostvis_model.tokenizer import TokenizerError
 
 
 def picture(seed):
@@ -110,11 +111,22 @@ def test_bad_requests_are_clear_and_the_model_goes_on(model, tmp_path):
         model.chat("What is it?", images=[tmp_path / "none.png"])
     with pytest.raises(RenderError):
         model.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-    with pytest.raises(ValueError, match="put them into the messages"):
+    with pytest.raises(RenderError, match="put them into the messages"):
         model.chat(conversations()[1], images=[picture(1)])
+    for one in (picture(1), "cat.png", b"cat", torch.zeros(3, 48, 48)):
+        with pytest.raises(ImageError, match="expected a list of pictures"):
+            model.chat("What is it?", images=one)
     with pytest.raises(SamplingError, match="top_p is 0"):
         model.chat("What is it?", top_p=0)
     assert isinstance(model.chat("Fine?", max_tokens=3), str)
+
+
+def test_a_model_without_a_tokenizer_says_so_and_answers_with_one(model):
+    tokenizer, model.tokenizer = model.tokenizer, None
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        model.chat("Hello?")
+    model.tokenizer = tokenizer
+    assert isinstance(model.chat("Hello?", max_tokens=3), str)
 
 
 def test_a_stream_that_is_left_early_leaves_the_engine_idle(model):

@@ -253,3 +253,16 @@ def test_a_folder_of_pickles_is_refused(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickles"):
         GhostVis.from_pretrained(tmp_path)
+
+
+def test_a_damaged_index_or_config_is_named(tmp_path):
+    folder = export_qwen(ours_without_transformers(), tmp_path)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        load_qwen(folder)
+    data = json.loads((folder / "config.json").read_text())
+    without = [{k: v for k, v in data.items() if k != name} for name in ("model_type", "num_attention_heads")]
+    for wrong in ([data], *without, {**data, "num_attention_heads": 0, "head_dim": None}):
+        (folder / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(HuggingFaceError):
+            load_qwen(folder)

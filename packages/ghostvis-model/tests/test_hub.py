@@ -26,7 +26,6 @@ import torch
 from ghostvis_model import GhostVis
 from ghostvis_model.vision import VisionTower, load_encoder_weights
 from ghostvis_model.checkpoint import CheckpointError
-from ghostvis_model.errors import ConfigError
 
 ids = torch.arange(12)[None]
 for name in ("ghost/run", "ghost/qwen"):
@@ -38,8 +37,8 @@ print("ghost/eyes", f"{sum(p.double().sum() for p in tower.encoder.parameters())
 for load in (lambda: GhostVis.from_pretrained("ghost/nobody"), lambda: load_encoder_weights(tower, "ghost/nobody")):
     try:
         load()
-    except (CheckpointError, ConfigError) as error:
-        print(type(error).__name__, "hub id" in str(error))
+    except CheckpointError as error:
+        print("ghost/nobody" in str(error), "hub id" in str(error))
 """
 
 
@@ -118,6 +117,6 @@ def test_a_hub_id_loads_a_run_a_qwen_and_an_encoder_and_an_unknown_one_is_named(
         f"ghost/run {model(ids).double().sum():.6f}",
         f"ghost/qwen {qwen(ids).double().sum():.6f}",
         f"ghost/eyes {eyes:.6f}",
-        "CheckpointError True",
-        "ConfigError True",
+        "True True",
+        "True True",
     ], done.stderr[-3000:]

@@ -158,8 +158,22 @@ def test_samples_of_one_prompt_have_seeds_of_their_own():
         {"repetition_penalty": 0},
         {"seed": -1},
         {"seed": 2**63},
+        {"max_tokens": 2.5},
+        {"max_tokens": True},
+        {"temperature": "hot"},
+        {"temperature": 1e-40},
+        {"top_k": 2.5},
+        {"top_p": None},
+        {"repetition_penalty": 1e-300},
+        {"seed": 1.5},
+        {"stop_ids": 5},
+        {"stop_ids": ("end",)},
     ],
 )
 def test_a_setting_outside_its_range_is_refused_by_name(setting):
     with pytest.raises(SamplingError, match=next(iter(setting))):
         Sampling(**setting)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Sampling(np.int64(5), np.float32(0.5), np.int32(3), seed=np.uint64(7)).top_k == 3

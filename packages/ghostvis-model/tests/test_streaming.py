@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostvis_model.streaming import TextStream, stream_text
+from ghostvis_model.streaming import TextStream
+
+
+def stream_text(tokens, tokenizer, stops=()):
+    """Pieces of text as ids arrive; stops reading ids at a stop text."""
+    text = TextStream(tokenizer, stops)
+    for token in tokens:
+        yield from filter(None, [text.push(token)])
+        if text.stopped:
+            return
+    yield from filter(None, [text.finish()])
 
 
 @given(text=st.text(), cut=st.lists(st.integers(0, 255)))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ghostvis_model import encoders
+from ghostvis_model.config import get_vlm_config
 from ghostvis_model.encoders import ENCODERS, VisionConfig, with_image_size
 from ghostvis_model.errors import ConfigError
 from ghostvis_model.vision import VisionTower, load_encoder_weights, read_vision_config, vision_config
@@ -93,18 +95,39 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     state["blocks.9.surplus"] = state.pop("norm.weight")
     state["patch_embed.proj.bias"] = torch.zeros(3)
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match=r"missing\s+norm\.weight") as error:
+    with pytest.raises(CheckpointError, match=r"missing\s+norm\.weight") as error:
         load_encoder_weights(VisionTower(SIGLIP), str(tmp_path / "w.safetensors"))
     assert "blocks.9.surplus" in str(error.value)
     assert "patch_embed.proj.bias [3] instead of [64]" in str(error.value)
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         load_encoder_weights(VisionTower(SIGLIP), str(tmp_path / "none.safetensors"))
+
+
+def test_published_weights_that_cannot_be_had_are_named(monkeypatch):
+    import timm
+
+    def offline(name, **_):
+        raise FileNotFoundError("no connection")
+
+    tower = VisionTower(SIGLIP)
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(CheckpointError, match=r"weights of vit_large_patch16_siglip_384\.webli could not be"):
+        load_encoder_weights(tower, "hub")
+
+
+def test_a_renamed_weight_of_transformers_is_refused_with_its_name(tmp_path):
+    state = {name: tensor.clone() for name, tensor in theirs("Siglip").state_dict().items()}
+    key = next(name for name in state if name.endswith("layers.1.self_attn.k_proj.bias"))
+    state[f"{key}_old"] = state.pop(key)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.bias"):
+        load_encoder_weights(VisionTower(SIGLIP), str(tmp_path / "w.safetensors"))
 
 
 def test_a_naflex_file_is_refused_with_what_to_take(tmp_path):
     state = {"vision_model.embeddings.patch_embedding.weight": torch.zeros(64, 192)}
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match="NaFlex"):
+    with pytest.raises(CheckpointError, match="NaFlex"):
         load_encoder_weights(VisionTower(SIGLIP), str(tmp_path / "w.safetensors"))
 
 
@@ -157,13 +180,19 @@ def test_any_plain_vision_transformer_of_timm_is_read_at_any_size_it_can_take():
         vision_config("timm:vit_small_patch16_224", 450)
     with pytest.raises(ConfigError, match="timm has no model"):
         vision_config("timm:vit_unheard_of")
+    with pytest.raises(ConfigError, match="timm has no model"):
+        VisionTower(replace(SIGLIP, timm_name="vit_of_a_newer_timm"))
     with pytest.raises(ConfigError, match="vision transformers"):
         vision_config("timm:resnet18")
 
 
-def test_an_old_encoder_name_loads_what_it_says(caplog):
-    assert vision_config("siglip_vit_l14").encoder == "siglip2_l16_384"
-    assert "siglip2_l16_384" in caplog.text
+def test_an_old_encoder_name_says_once_what_it_loads(caplog):
+    encoders._today.cache_clear()
+    for config in (get_vlm_config(2, encoder="siglip_vit_l14").vision, vision_config("siglip_vit_l14")):
+        assert config == ENCODERS["siglip2_l16_384"]
+    assert [record.message for record in caplog.records] == [
+        "encoder siglip_vit_l14 is an old name: loading siglip2_l16_384"
+    ]
 
 
 def test_the_published_so400m_drops_what_does_not_fill_a_patch():

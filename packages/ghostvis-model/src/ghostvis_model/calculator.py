@@ -17,6 +17,7 @@ from ghostvis_model.errors import GhostVisError
 MAX_CHARACTERS = 256
 MAX_NESTING = 32
 MAX_BITS = 2048  # of numerator and denominator: more than 600 digits
+_FAR = Fraction(2**64)  # roots are taken in floats, which hold nothing below 1e-324
 SHOWN_DIGITS = 12
 SHOWN_WHOLE = 40  # digits of a whole number that are written out
 
@@ -139,8 +140,8 @@ class _Parser:
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
-        if base < 0 or (base == 0 and exponent < 0) or max(abs(exponent), abs(base)) > 2**64:
-            raise CalculatorError("a root of a negative number, or of one that is too large")
+        if base < 0 or (base == 0 and exponent < 0) or abs(exponent) > _FAR or (base and not 1 / _FAR <= base <= _FAR):
+            raise CalculatorError("a root of a negative number, or of one that is too large or too small")
         try:
             return _bounded(Fraction(float(base) ** float(exponent)))
         except OverflowError:

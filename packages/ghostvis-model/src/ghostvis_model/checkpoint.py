@@ -30,7 +30,7 @@ from ghostvis_model.paths import home
 from ghostvis_model.tokenizer import Tokenizer
 from ghostvis_model.vlm import GhostVis
 from ghostvis_model.weights import CheckpointError as CheckpointError
-from ghostvis_model.weights import fill
+from ghostvis_model.weights import download, fill, is_hub_id
 
 FORMAT = 1
 KINDS = ("vision", "base", "mid", "sft", "rl")
@@ -60,7 +60,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 def latest(run: Path) -> Path | None:
     """Newest complete step folder of a run, or None."""
-    steps = [path for path in run.glob("step_*") if (path / "meta.json").is_file()]
+    steps = [path for path in run.glob("step_*") if path.name[5:].isdigit() and (path / "meta.json").is_file()]
     return max(steps, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
@@ -99,15 +99,8 @@ def resolve(source: str | Path) -> Path:
         if folder := latest(path):
             return folder
         raise CheckpointError(f"{path} holds no checkpoint: expected meta.json, or folders step_NNNNNN with one")
-    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return resolve(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError) as error:  # hub and network errors are OSErrors, malformed ids ValueErrors
-            raise CheckpointError(
-                f"{source} is no folder here, and as a hub id it could not be downloaded: {error}"
-            ) from error
+    if is_hub_id(source) and not path.exists():
+        return resolve(download(str(source)))
     raise CheckpointError(f"{source} is neither a checkpoint's folder nor a hub id (owner/name)")
 
 
@@ -207,6 +200,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no meta.json{hint}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(meta).__name__}, expected names and values")
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {meta.get('format')!r}; this version reads {FORMAT}")
     return meta
@@ -224,9 +219,9 @@ def load(folder: Path, *, for_inference: bool = False) -> Checkpoint:
         raise CheckpointError(f"{folder} is no language model: its meta.json has no config (a vision warm-up has none)")
     config = VLMConfig.from_dict(meta["config"])
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.hash != meta["tokenizer_hash"]:
+    if tokenizer.hash != (expected := meta.get("tokenizer_hash")):
         raise CheckpointError(
-            f"{folder}: the model was trained with tokenizer {meta['tokenizer_hash'][:12]}, "
+            f"{folder}: the model was trained with tokenizer {str(expected)[:12]}, "
             f"tokenizer.json is {tokenizer.hash[:12]}; put the right file back"
         )
     model = GhostVis(config, empty=for_inference)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import isqrt
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ghostvis_model.encoders import ENCODER_ALIASES, ENCODERS, VisionConfig, named_encoder
 from ghostvis_model.errors import ConfigError
@@ -123,6 +123,8 @@ class VLMConfig:
 
 
 def _check_keys(kind: Any, data: dict[str, Any]) -> None:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{kind.__name__} is a {type(data).__name__}, expected its fields by name")
     expected = {field.name: field.default is MISSING for field in fields(kind)}
     if unknown := sorted(set(data) - set(expected)):
         raise ConfigError(
@@ -152,13 +154,17 @@ def get_config(
     Width is 64 per layer; heads are 128 wide where depth is a multiple of 4, else 64; one key/value head serves two
     query heads. A SwiGLU is 2.7 times as wide, rounded up to a multiple of 128; a ReLU^2 4 times; the experts of a
     token are together as wide as the SwiGLU (`num_experts` and `experts_per_token` count for moe alone).
-    Raises ConfigError for an odd or non-positive depth, or a number of experts that cannot be.
+    Raises ConfigError for an odd or non-positive depth, an unknown MLP, or another number that cannot be.
     """
     if depth < 2 or depth % 2:
         below, above = max(2, depth - 1), max(4, depth + 1)
         raise ConfigError(
             f"depth {depth} is not legal: it must be even and at least 2; nearest are {below} and {above}"
         )
+    if min(vocab_size, context_length) < 1:
+        raise ConfigError(f"a vocabulary of {vocab_size} and a context of {context_length} tokens; both take 1 or more")
+    if mlp not in get_args(MLPKind):
+        raise ConfigError(f"no MLP named {mlp!r}; known: {', '.join(get_args(MLPKind))}")
     if mlp == "moe" and not 1 <= experts_per_token <= num_experts:
         raise ConfigError(f"{experts_per_token} of {num_experts} experts for each token; expected 1 to {num_experts}")
     hidden_size = 64 * depth
@@ -244,9 +250,11 @@ def get_vlm_config(
 
 
 def check_connector(vision: VisionConfig, connector: ConnectorConfig | None) -> None:
-    """Raises ConfigError if the connector cannot make its tokens from this encoder's patches."""
+    """Raises ConfigError if there is no such connector, or none that makes its tokens of this encoder's patches."""
     if connector is None:
         raise ConfigError("a model with an encoder needs a connector")
+    if connector.kind not in get_args(ConnectorKind):
+        raise ConfigError(f"no connector named {connector.kind!r}; known: {', '.join(get_args(ConnectorKind))}")
     tokens, grid = connector.tokens_per_image, vision.grid
     side = isqrt(max(tokens, 0))
     if connector.kind == "mlp":

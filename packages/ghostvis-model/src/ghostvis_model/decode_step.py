@@ -103,10 +103,9 @@ class DecodeStep:
 
         The result of a graph is overwritten by its next replay.
         """
-        if not self.graphs:
-            self._bind(rows)
-            return self._step(rows, count, mode)
         self._bind(rows)
+        if not self.graphs:
+            return self._step(rows, count, mode)
         if mode.filtered:
             # Sorting a vocabulary for every number of candidates would be a graph each: choose outside.
             graph, (logits, _) = self._graph(rows, count, Mode(False, False, False, False, -1))

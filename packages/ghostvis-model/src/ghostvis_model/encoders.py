@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from ghostvis_model.errors import ConfigError
+
+log = logging.getLogger("ghostvis")
 
 Fit = Literal["letterbox", "resize"]
 """How a picture comes into the square: with its proportions and a border, or stretched."""
@@ -81,12 +85,19 @@ ENCODERS: dict[str, VisionConfig] = {name: _row(name, facts) for name, facts in 
 ENCODER_ALIASES = {"siglip_vit_l14": "siglip2_l16_384"}  # there is no SigLIP L/14: an old name of this project
 
 
+@cache
+def _today(alias: str) -> str:
+    """What an old name stands for; told once."""
+    log.warning("encoder %s is an old name: loading %s", alias, ENCODER_ALIASES[alias])
+    return ENCODER_ALIASES[alias]
+
+
 def named_encoder(encoder: str, image_size: int | None = None) -> VisionConfig:
     """Facts of a named encoder (an alias is followed), at its published picture size or another it can take.
 
     Raises ConfigError for an unknown name or an impossible size.
     """
-    name = ENCODER_ALIASES.get(encoder, encoder)
+    name = _today(encoder) if encoder in ENCODER_ALIASES else encoder
     if name not in ENCODERS:
         raise ConfigError(f"no encoder named {encoder!r}; known: {', '.join(ENCODERS)}, or timm:NAME for any of timm's")
     return with_image_size(ENCODERS[name], image_size)

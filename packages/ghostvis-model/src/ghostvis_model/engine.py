@@ -69,6 +69,8 @@ class Engine:
         self._forbidden = {*forbidden_ids, *(special[name] for name in ("<|image|>",) if name in special)}
         if self.tokenizer:
             self._forbidden |= set(range(self.tokenizer.vocab_size, model.config.text.vocab_size))
+        if wrong := [token for token in self._forbidden if not 0 <= token < model.config.text.vocab_size]:
+            raise ValueError(f"{wrong} are never sampled, but no ids of a vocabulary of {model.config.text.vocab_size}")
         tool = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
         self._tool = tuple(special[name] for name in tool) if calculator and all(n in special for n in tool) else None
         captures(model, graphs)  # tells now what the first request would meet
@@ -83,7 +85,8 @@ class Engine:
         self._left: list[int] = []
         self._mode: Mode | None = None
         self._weights: tuple[Any, ...] = ()
-        self._lag = 1 if model.device.type == "cuda" else 0
+        self._lag = 0
+        """Steps that are launched before their forerunner is looked at: 1 on CUDA."""
 
     @property
     def _held(self) -> Rows:
@@ -137,11 +140,12 @@ class Engine:
         """
         told = 0
         try:
-            while request.finish_reason is None:
-                self.step()
-                yield from request.answer[told:]
-                told = len(request.answer)
-            yield from request.answer[told:]
+            while request.finish_reason is None or told < len(request.answer):
+                if told == len(request.answer):
+                    self.step()
+                for token in request.answer[told:]:
+                    told += 1  # before the token leaves: whoever takes it may step the engine, too
+                    yield token
         finally:
             self.cancel(request)
         request.raise_error()
@@ -158,15 +162,13 @@ class Engine:
         An exception that is no request's fault ends all that are under way, and is raised.
         """
         try:
-            if self._left:
-                self._held.end(self._left)
-                self._left.clear()
+            self._vacate()
             self._force_outputs()
             self._admit()
             started = self._launch()
             while len(self._launched) > (self._lag if started else 0):
                 self._collect(self._launched.popleft())
-        except Exception as error:
+        except BaseException as error:  # an interrupt, too, may leave rows that nobody knows of
             self._abandon(error)
             raise
         updated = list(self._updated)
@@ -186,57 +188,54 @@ class Engine:
 
     def _admit(self) -> None:
         """Read the prompts of waiting requests into free rows, up to a number of tokens, and choose first tokens."""
-        tokens, fresh, entered = 0, [], []
-        taken = set(self._occupied)
-        while self._waiting and len(taken) < self.max_batch:
-            shared = self._waiting[0]
-            known = shared.logits is not None and bool(shared.rows)
-            if not known and fresh and tokens + len(shared.prompt.ids) > PREFILL_TOKENS:
-                break
-            if not known:
-                tokens += len(shared.prompt.ids)
-                fresh.append(shared)
-            while shared.waiting and len(taken) < self.max_batch:
-                row = next(number for number in range(self.max_batch) if number not in taken)
-                taken.add(row)
-                entered.append((row, shared.waiting.popleft()))
-            if not shared.waiting:
-                self._waiting.popleft()
-        if not entered:
+        if not self._waiting or len(self._occupied) == self.max_batch:
             return
         self._watch_weights()
-        self._make_room(max(taken) + 1, max(len(request.shared.prompt.ids) for _, request in entered) + 1 + self._lag)
-        for row, request in entered:
-            request.row = row
-            self._occupied[row] = request
+        tokens, fresh, entered = 0, [], []
+        free = deque(row for row in range(self.max_batch) if row not in self._occupied)
+        while self._waiting and free:
+            shared = self._waiting[0]
+            if shared.logits is None or not shared.rows:
+                tokens += len(shared.prompt.ids)
+                if fresh and tokens > PREFILL_TOKENS:
+                    break
+                fresh.append(shared)
+            while shared.waiting and free:
+                request = shared.waiting.popleft()
+                request.row = free.popleft()
+                self._occupied[request.row] = request
+                entered.append(request)
+            if not shared.waiting:
+                self._waiting.popleft()
         self._mode = None
         try:
+            self._make_room(max(self._occupied) + 1, max(request.prompt_tokens for request in entered) + 1 + self._lag)
             self._read(fresh, entered)
         except torch.OutOfMemoryError as error:
-            for _, request in entered:
+            for request in entered:
                 self._finish(request, "error", GenerationError(f"no memory for the prompts of this step: {error}"))
+            self._vacate()
 
-    def _read(self, fresh: list[Shared], entered: list[tuple[int, Request]]) -> None:
+    def _read(self, fresh: list[Shared], requests: list[Request]) -> None:
         rows = self._held
+        answers: dict[Shared, list[int]] = {}
+        for request in requests:
+            answers.setdefault(request.shared, []).append(request.row)
         if fresh:
-            first = {}
-            for row, request in reversed(entered):
-                first[request.shared] = row
             prompts = [shared.prompt for shared in fresh]
-            prefill = Prefill(rows.cache, [first[shared] for shared in fresh], [len(p.ids) for p in prompts])
+            prefill = Prefill(rows.cache, [answers[shared][0] for shared in fresh], [len(p.ids) for p in prompts])
             hidden = self.model.decoder(embed_prompts(self.model, prompts), cache=prefill)
             for shared, logits in zip(fresh, self.model.decoder.logits(hidden[0, prefill.last]), strict=True):
                 shared.logits = logits
-                shared.rows = {first[shared]: self._occupied[first[shared]]}
-        for shared in {request.shared: None for _, request in entered}:
+                shared.rows = {answers[shared][0]: self._occupied[answers[shared][0]]}
+        for shared, places in answers.items():
             source = next(iter(shared.rows))
-            others = [row for row, request in entered if request.shared is shared and row != source]
-            if others:
+            if others := [row for row in places if row != source]:
                 rows.cache.copy_row(source, others, len(shared.prompt.ids))
-        for row, request in entered:
-            request.shared.rows[row] = request
-        where, requests = [row for row, _ in entered], [request for _, request in entered]
+        for request in requests:
+            request.shared.rows[request.row] = request
         ids = [request.shared.prompt.ids for request in requests]
+        where = [request.row for request in requests]
         rows.sampler.fill(where, [r.sampling for r in requests], [r.seed for r in requests], ids)
         logits = torch.stack([found for request in requests if (found := request.shared.logits) is not None])
         self._choose_first(requests, logits)
@@ -429,19 +428,22 @@ class Engine:
             if not shared.waiting:
                 self._waiting.remove(shared)
 
-    def _abandon(self, error: Exception) -> None:
+    def _vacate(self) -> None:
+        """Rows whose requests have ended stand still from now on."""
+        if self._rows is not None and (left := [row for row in self._left if row < self._rows.batch]):
+            self._rows.end(left)
+        self._left.clear()
+
+    def _abandon(self, error: BaseException) -> None:
         """End everything under way after a failure that is nobody's fault, and start over with new rows."""
         self._launched.clear()
         for request in list(self._occupied.values()):
-            self._occupied.pop(request.row, None)
-            request.row, request.group, request.forced = -1, None, []
-            request.finish_reason = "error"
-            request.error = GenerationError(f"the answer broke off: {error}")
-            self._updated[request] = None
+            reason = str(error) or type(error).__name__
+            self._finish(request, "error", GenerationError(f"the answer broke off: {reason}"))
         if self._step is not None:
             self._step.forget()
         self._left.clear()
-        self._rows = self._mode = None
+        self._rows = None
 
 
 def _power_of_two(number: int) -> int:

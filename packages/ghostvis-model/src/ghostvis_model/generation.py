@@ -51,6 +51,7 @@ class Answer(Iterator[str]):
         self.prompt_tokens = len(prompt.ids)
         """Tokens read, images included."""
         self._request: Request | None = None
+        self._stopped = False
         self._pieces = self._run(model, prompt, sampling, stops)
 
     @property
@@ -69,8 +70,6 @@ class Answer(Iterator[str]):
     def close(self) -> None:
         """Cancel what is not written yet."""
         self._pieces.close()
-
-    _stopped = False
 
     def _run(
         self, model: GhostVis, prompt: Prompt, sampling: Sampling, stops: Sequence[str]

@@ -35,7 +35,12 @@ class HuggingFaceEncoding:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HuggingFaceEncoding:
         """Read a tokenizer.json. Raises ValueError where it is damaged or of another kind."""
-        return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+        try:
+            encoding = cls(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is not laid out as that library does: {error!r}") from error
+        encoding.encode_ordinary("")  # broken merges are told now, not at the first question
+        return encoding
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file whole or not at all. Raises OSError where it cannot be written."""

@@ -78,10 +78,12 @@ def read_config(folder: Path) -> TextConfig:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise HuggingFaceError(f"{folder} is no Hugging Face model: config.json: {error}") from error
-    rope = data.get("rope_parameters") or {**(data.get("rope_scaling") or {}), "rope_theta": data.get("rope_theta")}
-    heads, width = data.get("num_attention_heads"), data.get("hidden_size")
+    if not isinstance(data, dict):
+        raise HuggingFaceError(f"{folder} is no Hugging Face model: config.json holds a {type(data).__name__}")
+    theta = {"rope_theta": data["rope_theta"]} if "rope_theta" in data else {}
+    rope = data.get("rope_parameters") or theta | (data.get("rope_scaling") or {})  # transformers 5, or 4
     unlike = {
-        "model_type": data.get("model_type") != "qwen2" and data.get("model_type"),
+        "model_type": (name := data.get("model_type", "(none)")) != "qwen2" and name,
         "hidden_act": data.get("hidden_act", "silu") != "silu" and data["hidden_act"],
         "use_sliding_window": data.get("use_sliding_window", False),
         "rope_type": (kind := rope.get("rope_type", rope.get("type", "default"))) != "default" and kind,
@@ -98,10 +100,10 @@ def read_config(folder: Path) -> TextConfig:
         return TextConfig(
             vocab_size=data["vocab_size"],
             num_layers=data["num_hidden_layers"],
-            hidden_size=width,
-            num_heads=heads,
+            hidden_size=data["hidden_size"],
+            num_heads=data["num_attention_heads"],
             num_kv_heads=data["num_key_value_heads"],
-            head_dim=data.get("head_dim") or width // heads,
+            head_dim=data.get("head_dim") or data["hidden_size"] // data["num_attention_heads"],
             intermediate_size=data["intermediate_size"],
             context_length=data["max_position_embeddings"],
             rope_theta=float(rope["rope_theta"]),
@@ -114,7 +116,7 @@ def read_config(folder: Path) -> TextConfig:
             qkv_bias=True,
             tied_head=data.get("tie_word_embeddings", False),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise HuggingFaceError(f"{path} lacks a field of a Qwen2 model: {error}") from error
 
 

@@ -58,7 +58,6 @@ _BROKEN = (
     TypeError,
     OverflowError,
     MemoryError,
-    Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
 
@@ -301,6 +300,10 @@ def _decoded(work: Callable[[], Image.Image], name: str) -> Image.Image:
         return work()
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise _error(
+            name, str(error), "a picture of fewer pixels", "scale it down; a small file that says so is an attack"
+        ) from error
     except _BROKEN as error:
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise _error(

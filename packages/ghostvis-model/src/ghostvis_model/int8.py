@@ -1,6 +1,6 @@
 """Weights in int8 with a scale per output row, for inference: half the bytes of bfloat16, computed as before.
 
-quantize_int8(model)      # in place; the embedding, norms and eyes stay as they are
+quantize_int8(model, allow_slower=True)   # in place; the embedding, norms and eyes stay as they are
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Int8Linear(nn.Module):
 def quantize_int8(model: GhostVis, *, allow_slower: bool = False) -> GhostVis:
     """Turn every linear layer of the decoder into int8, in place, and return the model.
 
-    A tied head becomes a matrix of its own: the embedding is looked up in full precision.
+    A tied head becomes a matrix of its own: the embedding is looked up in full precision. Nothing loads a checkpoint of
+    such a model: quantize after loading.
     Raises ConfigError without `allow_slower`.
     """
     if not allow_slower:

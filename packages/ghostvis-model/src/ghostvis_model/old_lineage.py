@@ -24,7 +24,7 @@ from ghostvis_model.chat import SPECIAL_TOKENS
 from ghostvis_model.config import TextConfig, VLMConfig
 from ghostvis_model.tokenizer import Tokenizer
 from ghostvis_model.vlm import GhostVis
-from ghostvis_model.weights import CheckpointError, fill, read_tensors
+from ghostvis_model.weights import CheckpointError, fill, listed, read_tensors
 
 _WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and data-parallel's
 _OLD_TOKENS = SPECIAL_TOKENS[:9]
@@ -101,8 +101,8 @@ def _sort(state: Mapping[str, Tensor], path: Path) -> Old:
     if missing or unknown or mlp is None:
         raise CheckpointError(
             f"{path} is no checkpoint of the old lineage, or of a fork of it that is not known here.\n"
-            f"  missing  {', '.join(missing[:5]) or 'none'} ({len(missing)})\n"
-            f"  unknown  {', '.join(unknown[:5]) or 'none'} ({len(unknown)})\n"
+            f"  missing  {listed(missing)}\n"
+            f"  unknown  {listed(unknown)}\n"
             f"  expected transformer.wte, transformer.h.N.attn.c_q, c_k, c_v, c_proj, lm_head, and an MLP of c_fc and\n"
             f"           c_proj (ReLU^2) or of gate, up and down (SwiGLU); found {sorted(mlp_names)}"
         )

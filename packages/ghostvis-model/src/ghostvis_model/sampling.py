@@ -9,10 +9,10 @@ Shape letters: B rows, V vocabulary, U longest answer in tokens.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = range(5)  # rows of SamplerRows.sett
 
 class SamplingError(GhostVisError):
     """A setting outside its range."""
+
+
+# What each setting has to be. The widest temperatures and penalties are those that float32 can hold.
+_RULES: tuple[tuple[str, type | tuple[type, ...], Callable[[Any], bool], str], ...] = (
+    ("max_tokens", Integral, lambda n: n >= 1, "a whole number, at least 1"),
+    ("temperature", Real, lambda t: t == 0 or 1e-30 <= t <= 1e30, "0, or 1e-30 to 1e30"),
+    ("top_k", Integral, lambda k: k >= 1, "a whole number, at least 1, or None for all"),
+    ("top_p", Real, lambda p: 0 < p <= 1, "more than 0, at most 1"),
+    ("min_p", Real, lambda p: 0 <= p <= 1, "0 to 1"),
+    ("repetition_penalty", Real, lambda r: 1e-6 <= r <= 1e6, "1e-6 to 1e6; 1 is none"),
+    ("seed", Integral, lambda s: 0 <= s < 2**63, "a whole number, 0 to 2**63 - 1, or None"),
+    ("stop_ids", (tuple, list), lambda ids: all(isinstance(i, Integral) for i in ids), "whole numbers in a tuple"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,18 +67,12 @@ class Sampling:
     softmax) over the whole vocabulary, before penalty and filters: what a trainer computes for the same tokens."""
 
     def __post_init__(self) -> None:
-        rules = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for all"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number; 1 is none"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1, or None"),
-        )
-        for name, legal, expected in rules:
-            if not legal:
-                raise SamplingError(f"{name} is {self.__dict__[name]}; expected {expected}")
+        for name, kind, legal, expected in _RULES:
+            value = self.__dict__[name]
+            if value is None and name in ("top_k", "seed"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not legal(value):
+                raise SamplingError(f"{name} is {value!r}; expected {expected}")
 
     @property
     def filtered(self) -> bool:

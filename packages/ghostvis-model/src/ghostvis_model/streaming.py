@@ -10,7 +10,7 @@ print(text.finish(), end="")
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from ghostvis_model.tokenizer import StreamDecoder, Tokenizer
 
@@ -56,15 +56,3 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of text that begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
-
-
-def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Iterator[str]:
-    """Pieces of text as ids arrive; stops reading ids at a stop text."""
-    text = TextStream(tokenizer, stops)
-    for token in tokens:
-        if piece := text.push(token):
-            yield piece
-        if text.stopped:
-            return
-    if piece := text.finish():
-        yield piece

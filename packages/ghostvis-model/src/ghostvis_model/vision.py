@@ -14,14 +14,7 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from ghostvis_model.encoders import (
-    ENCODER_ALIASES,
-    ENCODERS,
-    VisionConfig,
-    named_encoder,
-    published_fit,
-    with_image_size,
-)
+from ghostvis_model.encoders import ENCODERS, VisionConfig, named_encoder, published_fit, with_image_size
 from ghostvis_model.errors import ConfigError
 from ghostvis_model.vision_fused import Chosen
 from ghostvis_model.vision_weights import load_encoder_weights as load_encoder_weights  # beside the tower it fills
@@ -37,8 +30,6 @@ def vision_config(encoder: str, image_size: int | None = None) -> VisionConfig:
     """
     if encoder.startswith("timm:"):
         return read_vision_config(encoder, image_size)
-    if encoder in ENCODER_ALIASES:
-        log.warning("encoder %s is an old name: loading %s", encoder, ENCODER_ALIASES[encoder])
     return named_encoder(encoder, image_size)
 
 
@@ -48,14 +39,18 @@ def read_vision_config(encoder: str, image_size: int | None = None) -> VisionCon
     Raises ConfigError if timm has no such model, it is not a plain vision transformer, or it cannot take the size.
     """
     name = encoder.removeprefix("timm:")
-    if not timm.is_model(name.split(".")[0]):
-        raise ConfigError(
-            f"timm has no model {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
-        )
+    _check_known(name)
     published = _read(encoder, name, {})
     if with_image_size(published, image_size) == published:
         return published
     return _read(encoder, name, {"img_size": image_size})
+
+
+def _check_known(name: str) -> None:
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(
+            f"timm has no model {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
+        )
 
 
 def _read(encoder: str, name: str, options: dict[str, Any]) -> VisionConfig:
@@ -97,6 +92,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        _check_known(config.timm_name)
         self.config = config
         self.encoder = timm.create_model(config.timm_name, num_classes=0, global_pool="", **_timm_options(config))
         if config.encoder == "tiny":

@@ -17,10 +17,10 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from ghostvis_model.errors import ConfigError
-from ghostvis_model.weights import read_safetensors, read_tensors
+from ghostvis_model.weights import CheckpointError, download, fill, is_hub_id, listed, read_safetensors, read_tensors
 
 if TYPE_CHECKING:
+    from ghostvis_model.encoders import VisionConfig
     from ghostvis_model.vision import VisionTower
 
 log = logging.getLogger("ghostvis")
@@ -48,51 +48,39 @@ def load_encoder_weights(tower: VisionTower, source: str) -> None:
     source: `hub` for timm's published weights; a safetensors or `.pt` file, or a folder with one, in timm's names or in
     transformers' (SiglipModel, SiglipVisionModel, CLIPModel, CLIPVisionModel); the `vision.safetensors` of a GhostVis
     checkpoint; or a hub id (owner/name) of such a folder.
-    Raises ConfigError that lists missing and unexpected tensors, except the pooling head that the tower leaves out, and
-    CheckpointError for a file that cannot be read.
+    Raises CheckpointError for what cannot be read or downloaded, and one that lists missing and unexpected tensors,
+    except the pooling head that the tower leaves out.
     """
     config = tower.config
-    if source == "hub":
+    state = _timm_names(_published(config) if source == "hub" else _read(source, config.timm_name))
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(_LEFT_OUT)}
+    _resize_positions(state, tower)
+    fill(tower.encoder, state, f"{source}, for {config.encoder} ({config.timm_name}),")
+
+
+def _published(config: VisionConfig) -> dict[str, Tensor]:
+    """Tensors of timm's own weights, downloaded at first use."""
+    try:
         published = timm.create_model(
             config.timm_name, pretrained=True, img_size=config.image_size, num_classes=0, global_pool=""
         )
-        state = published.state_dict()
-    else:
-        state = _read(source, config.timm_name)
-    state = _timm_names(state)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(_LEFT_OUT)}
-    _resize_positions(state, tower)
-    own = tower.encoder.state_dict()
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [
-        f"{name} {list(tensor.shape)} instead of {list(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    if missing or unexpected or wrong:
-        raise ConfigError(
-            f"weights of {source} do not fit {config.encoder} ({config.timm_name}).\n"
-            f"  missing    {_some(missing)}\n"
-            f"  unexpected {_some(unexpected)}\n"
-            f"  misshapen  {_some(wrong)}"
-        )
-    tower.encoder.load_state_dict(state)
+    except (OSError, RuntimeError) as error:  # no network, or no weights of that name
+        raise CheckpointError(
+            f"timm's weights of {config.timm_name} could not be downloaded: {error}\n"
+            "  try      a file of them, which may come from another machine, in place of `hub`"
+        ) from error
+    return published.state_dict()
 
 
 def _read(source: str, timm_name: str) -> dict[str, Tensor]:
     """Tensors of a file, a folder or a hub id."""
     path = Path(source).expanduser()
-    if not path.exists() and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"encoder weights {source}: no such file, nor a hub id that loads: {error}") from error
+    if is_hub_id(source) and not path.exists():
+        path = download(source)
     if path.is_dir():
         return read_safetensors(path)
     if not path.is_file():
-        raise ConfigError(f"encoder weights {source!r}: no such file; give one, or `hub` to download {timm_name}")
+        raise CheckpointError(f"encoder weights {source!r}: no such file; give one, or `hub` to download {timm_name}")
     return {name.removeprefix("module."): tensor for name, tensor in read_tensors(path).items()}
 
 
@@ -106,7 +94,7 @@ def _timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     front = fronts[0]
     theirs = {name.removeprefix(front): tensor for name, tensor in state.items() if name.startswith(front)}
     if theirs[_PATCHES].ndim != 4:
-        raise ConfigError(
+        raise CheckpointError(
             f"these patches are a matrix {list(theirs[_PATCHES].shape)}: a NaFlex SigLIP 2; "
             "take one of a fixed size, such as siglip2-large-patch16-384"
         )
@@ -123,9 +111,10 @@ def _from_transformers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name == "embeddings.class_embedding":
             state["cls_token"] = tensor.view(1, 1, -1)
         elif layer and layer[2] == "self_attn.q_proj":
-            at = f"encoder.layers.{layer[1]}.self_attn."
-            parts = [theirs[f"{at}{part}_proj.{layer[3]}"] for part in "qkv"]
-            state[f"blocks.{layer[1]}.attn.qkv.{layer[3]}"] = torch.cat(parts)
+            parts = [f"encoder.layers.{layer[1]}.self_attn.{part}_proj.{layer[3]}" for part in "qkv"]
+            if absent := [part for part in parts if part not in theirs]:
+                raise CheckpointError(f"the encoder's weights lack {listed(absent)}")
+            state[f"blocks.{layer[1]}.attn.qkv.{layer[3]}"] = torch.cat([theirs[part] for part in parts])
         elif layer and layer[2] in _LAYER:
             state[f"blocks.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"] = tensor
         elif layer and layer[2] in ("self_attn.k_proj", "self_attn.v_proj"):
@@ -150,9 +139,3 @@ def _resize_positions(state: dict[str, Tensor], tower: VisionTower) -> None:
         "%s: positions of %d x %d patches are interpolated to %d x %d", tower.config.encoder, old, old, grid, grid
     )
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [grid, grid], num_prefix_tokens=prefix)
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,23 @@ INDEX = "model.safetensors.index.json"
 
 class CheckpointError(GhostVisError):
     """A checkpoint that is not there, not whole, or not what was asked for."""
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a source that is no file or folder here may be a model on the hub: owner/name."""
+    return isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def download(source: str) -> Path:
+    """The folder of a hub id's configs and safetensors. Raises CheckpointError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:  # hub and network errors are OSErrors, malformed ids ValueErrors
+        raise CheckpointError(
+            f"{source} is no file or folder here, and as a hub id it could not be downloaded: {error}"
+        ) from error
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -38,11 +55,16 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     if missing or unexpected or misshapen:
         raise CheckpointError(
             f"the weights in {source} do not fit the model's config\n"
-            f"  missing    {', '.join(missing) or 'none'}\n"
-            f"  unexpected {', '.join(unexpected) or 'none'}\n"
-            f"  misshapen  {', '.join(misshapen) or 'none'}"
+            f"  missing    {listed(missing)}\n"
+            f"  unexpected {listed(unexpected)}\n"
+            f"  misshapen  {listed(misshapen)}"
         )
     module.load_state_dict(state, assign=any(parameter.is_meta for parameter in module.parameters()))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names and how many there are, for an error."""
+    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" if names else "none"
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -53,7 +75,10 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX
     names: dict[str, str] = {}
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
+        try:
+            names = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{index} is damaged: expected a weight_map of names and files: {error!r}") from error
     files = sorted(set(names.values())) or ["model.safetensors"]
     state: dict[str, Tensor] = {}
     for file in files:
@@ -66,7 +91,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
                 f"  likely   a download that broke off, or weights in pickles (.bin), which are not read"
             ) from error
     if absent := sorted(set(names) - set(state)):
-        raise CheckpointError(f"{index} names tensors that no shard holds: {', '.join(absent[:5])} ({len(absent)})")
+        raise CheckpointError(f"{index} names tensors that no shard holds: {listed(absent)}")
     return state
 
 
@@ -80,9 +105,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what torch raises for bytes that are no pickle depends on the bytes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words begin with how to run it after all
+            reason = "torch does not unpickle it"
         raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+            f"{path} cannot be read: {reason}\n"
             "  expected tensors by name: safetensors, or what torch.save wrote of a state dict\n"
             "  likely   a download that broke off, or a pickle of more than tensors, which is never run"
         ) from error
