@@ -1,11 +1,13 @@
 import json
+import shlex
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 from ghostvis_data import BuildOptions, DataError, Dataset, ShardWriter, build_jsonl
-from ghostvis_data.cli import main
+from ghostvis_data.cli import Build, Check, Command, Inspect, main
 from ghostvis_model.images import load_image
 
 
@@ -181,6 +183,31 @@ def test_the_command_builds_checks_and_draws(tmp_path, photos, write_jsonl, toke
     assert "<|image|> x 4" in capsys.readouterr().out
     assert main(["inspect", out, str(tmp_path / "sheet.png")]) == 0
     assert Image.open(tmp_path / "sheet.png").width > 1000
+
+
+def test_the_examples_of_help_are_commands_it_takes():
+    examples = [
+        line.strip()
+        for about in (Build, Check, Inspect)
+        for line in str(about.__doc__).splitlines()
+        if line.strip().startswith("ghostvis-data ")
+    ]
+    assert len(examples) == 8
+    for example in examples:
+        name, *arguments = shlex.split(example)
+        assert name == "ghostvis-data"
+        tyro.cli(Command, args=arguments)
+
+
+@pytest.mark.parametrize(
+    "sample, command",
+    [({"text": "a"}, "ghostvis-train base --depth 8"), ({"messages": turn()}, "ghostvis-train sft --data-recipe")],
+)
+def test_after_a_build_the_next_command_fits_the_data(tmp_path, write_jsonl, capsys, sample, command):
+    source = write_jsonl(tmp_path / "my.jsonl", [sample])
+    assert main(["build", str(source), str(tmp_path / "out"), "--val-fraction", "0", "--processes", "1"]) == 0
+    commands = [line for line in capsys.readouterr().out.splitlines() if "ghostvis-train" in line]
+    assert command in commands[-1]
 
 
 @pytest.mark.parametrize(

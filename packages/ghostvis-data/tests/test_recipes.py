@@ -59,6 +59,20 @@ def test_an_unknown_recipe_lists_the_known_ones_and_how_to_make_one():
         open_recipe("tiny_wrld")
 
 
+def test_a_file_of_samples_given_as_a_recipe_is_told_to_be_built(tmp_path, monkeypatch, write_jsonl):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "my.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"ghostvis-data build my\.jsonl my, then --data-recipe my"):
+        open_recipe("my.jsonl")
+
+
+def test_texts_given_to_fine_tuning_are_sent_to_pretraining(tmp_path, write_jsonl):
+    build_jsonl(write_jsonl(tmp_path / "my.jsonl", [{"text": "a"}]), tmp_path / "out", val_fraction=0)
+    with pytest.raises(DataError, match=r"no data for the phase sft[\s\S]*ghostvis-train base --depth") as error:
+        open_recipe(tmp_path / "out").datasets("sft")
+    assert "ghostvis-train sft" not in str(error.value)
+
+
 def test_a_built_folder_is_a_recipe_for_fine_tuning(tmp_path, write_jsonl):
     messages = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
     source = write_jsonl(tmp_path / "my.jsonl", [{"messages": messages}] * 4)
@@ -71,6 +85,19 @@ def test_a_built_folder_is_a_recipe_for_fine_tuning(tmp_path, write_jsonl):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no dataset"):
         open_recipe(tmp_path / "empty")
+
+
+def test_the_recipe_that_is_shown_as_an_example_can_be_used(tmp_path, monkeypatch, write, write_jsonl):
+    published(monkeypatch, tmp_path, write, "smoltalk/train")
+    messages = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
+    build_jsonl(
+        write_jsonl(tmp_path / "my.jsonl", [{"messages": messages}] * 4), tmp_path / "my_data", val_fraction=0.3
+    )
+    shown = describe_recipes().partition("mix.toml:\n")[2]
+    (tmp_path / "mix.toml").write_text(shown)
+    recipe = open_recipe(tmp_path / "mix.toml")
+    assert recipe.shares("sft") == [0.7, 0.3]
+    assert recipe.task_of("my_data/val").name == "exact_match"
 
 
 def published(monkeypatch, tmp_path, write, *names):
@@ -104,6 +131,15 @@ def test_a_named_recipe_without_its_sets_says_how_to_build_each(tmp_path, monkey
     assert "needs 3 data sets that are not here: llava_instruct/train, chartqa/train, chartqa/test" in str(error.value)
     assert f"ghostvis-data build chartqa {home / 'chartqa'}   # licence: GPL-3.0" in str(error.value)
     assert f"ghostvis-data build llava_instruct {home / 'llava_instruct'} --root" in str(error.value)
+
+
+def test_a_set_whose_splits_come_from_two_places_is_built_by_one_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_HOME", str(tmp_path))
+    with pytest.raises(DataError) as error:
+        open_recipe("vision_sft")  # of VQAv2 the hub has only the validation split
+    assert [line.split("   #")[0].strip() for line in str(error.value).splitlines() if "build vqav2" in line] == [
+        f"ghostvis-data build vqav2 {sets_folder() / 'vqav2'} --root FOLDER_WITH_ITS_FILES"
+    ]
 
 
 def test_every_named_recipe_has_shares_of_one_and_known_sets_tasks_and_phases():

@@ -1,16 +1,18 @@
 """The command with a real model: random weights, 2 layers, saved and loaded as a trained one is."""
 
 import base64
+import shlex
 import socket
 import warnings
 
 import pytest
 import torch
+import tyro
 
 from ghostvis_model import GhostVis, Tokenizer, checkpoint, get_vlm_config
 from ghostvis_serve import loading
 from ghostvis_serve.cli import main
-from ghostvis_serve.config import AnswerConfig
+from ghostvis_serve.config import AnswerConfig, ChatConfig, WebConfig
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +57,8 @@ def test_one_question_about_a_picture_prints_the_models_answer(red, capsys):
         ({}, "newer/step_000002", "ghostvis-newer-sft"),
         ({"step": 1}, "newer/step_000001", "ghostvis-newer-sft"),
         ({"model_tag": "older"}, "older/step_000005", "ghostvis-older-sft"),
+        ({"source": "sft/older"}, "older/step_000005", "ghostvis-older-sft"),
+        ({"source": "sft/newer", "step": 1}, "newer/step_000001", "ghostvis-newer-sft"),
         ({"source": "{home}/sft_checkpoints/older"}, "older/step_000005", "ghostvis-older"),
         ({"source": "{home}/sft_checkpoints/newer", "step": 1}, "newer/step_000001", "ghostvis-newer"),
         ({"source": "{home}/sft_checkpoints/newer/step_000001"}, "newer/step_000001", "ghostvis-newer"),
@@ -72,6 +76,8 @@ def test_flags_choose_the_checkpoint(home, fields, ends_with, name):
     [
         (["--source", "base"], "ghostvis-train base"),
         (["--model-tag", "d99"], "found: newer, older"),
+        (["--source", "sft/d99"], "found: newer, older"),
+        (["--source", "sft/older", "--model-tag", "newer"], "--model-tag newer"),
         (["--step", "7"], "step 7"),
         (["--source", "stf"], "neither base, mid, sft, rl nor an existing folder"),
         (["--source", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -90,6 +96,16 @@ def test_a_users_mistake_is_one_message_and_exit_code_1(arguments, words, capsys
     assert mistake.count("ghostvis: ") == 1
     assert words in mistake
     assert "Traceback" not in mistake
+
+
+def test_the_examples_of_help_are_commands_it_takes():
+    for about in (ChatConfig, WebConfig):
+        lines = [line.strip() for line in str(about.__doc__).splitlines()]
+        examples = [shlex.split(line) for line in lines if line.startswith("ghostvis-serve ")]
+        assert examples
+        for _, name, *flags in examples:
+            assert name == {ChatConfig: "chat", WebConfig: "web"}[about]
+            tyro.cli(about, args=flags)
 
 
 def test_without_any_checkpoint_the_message_says_how_to_make_one(monkeypatch, tmp_path, capsys):

@@ -109,6 +109,7 @@ def test_only_small_steps_of_one_process_on_a_gpu_become_graphs_by_themselves(mo
     assert not records_steps(auto, *gpu, experts, small)
     published = VisionTower(vision_config("timm:vit_tiny_patch16_224"))
     assert [records_steps(run, *gpu, published, small) for run in (auto, on)] == [False, True]
+    assert not records_steps(replace(auto, recompute=True), *gpu, model, small)
     for where, what in ((gpus, model), (cpu, model), (gpu, experts)):
         with pytest.raises(UserError, match="--cuda-graphs on"):
             records_steps(on, *where, what, small)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from ghostvis_model import checkpoint
+from ghostvis_model.images import load_image
 from ghostvis_train import base, evaluate, sft
 from ghostvis_train.context import Context
 from ghostvis_train.options import BaseConfig, EvalConfig, RunOptions, SftConfig, UserError
+from ghostvis_train.phase import locate, open_data
 
 KINDS = ("vision", "base", "mid", "sft")
 
@@ -39,7 +42,12 @@ def test_the_scores_are_saved_with_every_view_and_question_type(trained):
 
 
 def test_four_sample_pictures_are_saved(trained):
-    assert len(list((trained / "sft_checkpoints" / "tiny" / "samples").glob("*.png"))) == 4
+    samples = trained / "sft_checkpoints" / "tiny" / "samples"
+    assert len(list(samples.glob("sample_*.png"))) == 4
+    test = open_data("tiny_world", 0).evaluation("test")
+    assert [load_image(samples / f"picture_{n + 1}.png").tobytes() for n in range(4)] == [
+        load_image(test[n].images[0]).tobytes() for n in range(4)
+    ]
 
 
 def test_a_second_run_trains_nothing_and_prints_the_same_figures(trained, capsys):
@@ -95,3 +103,30 @@ def test_another_seed_is_another_run(small_world):
 def test_eval_scores_the_newest_checkpoint_by_itself(trained, capsys):
     evaluate.run(EvalConfig(max_samples=3, device="cpu"))
     assert "tiny_world held-out:" in capsys.readouterr().out
+
+
+def test_what_the_end_says_is_there_can_be_opened(trained, capsys):
+    evaluate.run(EvalConfig(device="cpu"))
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1]
+    said = {line[0]: line[1] for line in lines}
+    for name in ("scores", "pictures", "checkpoint"):
+        assert Path(said[name]).exists()
+    source, image = re.fullmatch(r"uv run ghostvis-serve chat --source (\S+) --image (\S+)", said["next"]).groups()
+    assert (locate(source), Path(image).is_file()) == (checkpoint.find("sft"), True)
+    shutil.rmtree(said["pictures"])
+    evaluate.run(EvalConfig(max_samples=3, device="cpu"))
+    out = capsys.readouterr().out
+    assert "eval.json" not in out
+    assert "samples/" not in out
+
+
+def test_a_model_without_eyes_is_not_asked_about_pictures(trained):
+    with pytest.raises(UserError, match=r"has no eyes[\s\S]*--source mid"):
+        evaluate.run(EvalConfig(source="base", device="cpu"))
+
+
+def test_eval_takes_a_source_as_training_does(trained):
+    assert locate("sft/tiny") == locate("sft", "tiny") == locate(str(checkpoint.find("sft")))
+    for wrong in (("sft/tiny", "tiny"), (str(trained), "tiny"), (str(trained), None, 4)):
+        with pytest.raises(UserError, match="--source"):
+            locate(*wrong)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from safetensors.torch import load_file
 
 from ghostvis_data.build import build_jsonl
 from ghostvis_model import checkpoint
+from ghostvis_model.config import VLMConfig, get_vlm_config, qwen25_config
 from ghostvis_model.errors import GhostVisError
+from ghostvis_model.vlm import GhostVis
 from ghostvis_train import align, base, sft
 from ghostvis_train.loop import GRADIENT_CLIP, _train_step
 from ghostvis_train.options import AlignConfig, BaseConfig, RunOptions, SftConfig, UserError
-from ghostvis_train.phase import find_source, rows_per_step, tag_of
+from ghostvis_train.phase import find_source, recompute_insides, rows_per_step, tag_of
 from ghostvis_train.settings import Settings
 from ghostvis_train.stepping import EagerStep
 
@@ -144,6 +148,7 @@ def test_the_loss_is_divided_by_the_tokens_of_the_whole_step():
         (BaseConfig(RunOptions(data_recipe="tinyworld", depth=4)), "tiny_world"),
         (BaseConfig(RunOptions(depth=5)), "4 and 6"),
         (BaseConfig(RunOptions(depth=0)), "2 and 4"),
+        (BaseConfig(RunOptions(data_recipe="texts", depth=7)), "6 and 8"),  # before a tokenizer is asked for
         (BaseConfig(RunOptions(data_recipe="texts", model_tag="d20")), "--depth 20"),
         (BaseConfig(RunOptions(total_batch_size=700)), "nearest: 512 and 768"),
         (BaseConfig(RunOptions(device_batch_size=5)), "2 rows per step"),
@@ -207,8 +212,64 @@ def test_a_batch_size_is_whole_rows():
     assert rows_per_step(RunOptions(), Settings(8, 256, {}), 256) == 8
 
 
-def test_a_small_data_set_still_makes_an_epoch_of_several_steps(trained, tmp_path):
+def test_a_small_data_set_still_makes_an_epoch_of_several_steps(trained, tmp_path, capsys):
     options = RunOptions(device="cpu", data_recipe=own_data(tmp_path), context_length=256)
     folder = sft.run(SftConfig(options))
     assert folder.parent.name == "tiny-own"
-    assert checkpoint.read_meta(folder)["step"] >= 16
+    assert (steps := checkpoint.read_meta(folder)["step"]) >= 16
+    assert f"{steps} steps change little: --epochs {ceil(100 / steps)} takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows, first", [(8, "--device-batch-size 4"), (6, "--device-batch-size 3"), (1, "--recompute")]
+)
+def test_a_full_gpu_says_which_flag_to_lower(trained, tmp_path, monkeypatch, rows, first):
+    def full(self, batch, factor, last):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(EagerStep, "add", full)
+    options = RunOptions(device="cpu", model_tag="big", total_batch_size=rows * 256, device_batch_size=rows)
+    with pytest.raises(UserError, match=rf"{rows} rows of 256 tokens[\s\S]*try +{first}"):
+        base.run(BaseConfig(options))
+
+
+def test_recomputing_changes_no_weight(trained):
+    folders = []
+    for recompute in (False, True):
+        options = RunOptions(device="cpu", model_tag=f"{recompute}", recompute=recompute)
+        folders.append(sft.run(SftConfig(options, source="mid/tiny", evaluate=False)))
+    hashes = [checkpoint.read_meta(folder)["weights_hash"] for folder in folders]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_learning_encoder_is_recomputed_and_a_frozen_one_is_not():
+    model = GhostVis(get_vlm_config(2, 300, encoder="tiny", tokens_per_image=9))
+    for learns in (False, True):
+        model.vision.requires_grad_(learns)
+        recompute_insides(model)
+        assert model.decoder.gradient_checkpointing
+        assert model.vision.encoder.grad_checkpointing == learns
+
+
+def test_a_qwen_is_given_eyes_and_fine_tuned(trained, tmp_path):
+    tokenizer = checkpoint.load(checkpoint.find("base")).tokenizer
+    text = replace(qwen25_config("0.5B", tokenizer.vocab_size), num_layers=2, hidden_size=64, num_heads=2)
+    text = replace(text, num_kv_heads=1, head_dim=32, intermediate_size=96)
+    assert text.context_length == 32_768
+    qwen = GhostVis(VLMConfig(text))
+    checkpoint.save(checkpoint.root("base", "qwen"), 0, qwen, tokenizer, {"config": qwen.config.to_dict()})
+    options = RunOptions(device="cpu", data_recipe=own_data(tmp_path), steps=2, device_batch_size=1)
+    eyes = str(checkpoint.find("vision") / "vision.safetensors")
+    aligned = align.run(AlignConfig(options, source="base/qwen", encoder="tiny", encoder_weights=eyes))
+    tuned = sft.run(SftConfig(replace(options, model_tag="qwen"), source=str(aligned)))
+    assert checkpoint.read_meta(tuned)["plan"]["row_tokens"] == 2048  # not the 32,768 that it can read
+    runs = (("base", "qwen"), ("mid", aligned.parent.name), ("sft", "qwen"))
+    decoders = [part_hash(weights(kind, tag), "decoder.") for kind, tag in runs]
+    assert decoders[0] == decoders[1] != decoders[2]
+
+
+def test_an_encoder_of_few_patches_gives_all_of_them_unless_asked_otherwise(trained, tmp_path):
+    options = RunOptions(device="cpu", data_recipe=own_data(tmp_path), context_length=256, steps=1)
+    weights = str(checkpoint.find("vision") / "vision.safetensors")
+    folder = align.run(AlignConfig(options, encoder="tiny", encoder_weights=weights))
+    assert checkpoint.read_meta(folder)["config"]["connector"]["tokens_per_image"] == 36

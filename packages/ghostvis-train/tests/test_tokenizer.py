@@ -66,6 +66,12 @@ def test_other_vocabularies_stand_beside_ours(home, capsys):
     assert f"({more:+.0%})" in capsys.readouterr().out
 
 
+def test_a_tokenizer_of_ours_can_be_compared(home):
+    ours = ghostvis_bpe.train(SAMPLES.values(), 600)
+    ours.save(home / "tokenizer.json")
+    assert compression.open_vocabulary("earlier", home / "tokenizer.json") == ours
+
+
 def test_a_rank_file_is_read_with_the_pattern_of_its_name(home, monkeypatch):
     ranks = ghostvis_bpe.train(SAMPLES.values(), 600, "cl100k")
     ranks.save_tiktoken(home / "ranks.tiktoken")

@@ -18,7 +18,7 @@ from ghostvis_data.pictures import MAX_SIDE
 from ghostvis_data.readers import SETS
 from ghostvis_data.readers.base import SurveyOptions
 from ghostvis_data.readers.own import survey_jsonl
-from ghostvis_data.recipes import describe_recipes
+from ghostvis_data.recipes import describe_recipes, train_commands
 from ghostvis_data.shard_writer import SHARD_BYTES
 from ghostvis_data.shards import read_manifest
 from ghostvis_data.sheet import contact_sheet
@@ -28,16 +28,7 @@ from ghostvis_model.errors import GhostVisError, message_of
 from ghostvis_model.paths import newest_tokenizer
 from ghostvis_model.tokenizer import Tokenizer
 
-EXAMPLES = """Pictures and text as training data.
-
-examples:
-  ghostvis-data build my.jsonl my_data
-  ghostvis-data check my_data
-  ghostvis-data check my_data --tokenizer CHECKPOINT_FOLDER --sample cat-1
-  ghostvis-data inspect my_data sheet.png
-  ghostvis-data build tiny_world tiny --seed 1
-  ghostvis-data sets
-  ghostvis-data build vqav2 vqav2 --root ~/downloads/vqa --processes 8
+ABOUT = """Pictures and text as training data.
 
 one line of my.jsonl (image paths are relative to it):
   {"id": "cat-1", "messages": [
@@ -49,7 +40,14 @@ one line of my.jsonl (image paths are relative to it):
 
 @dataclass(frozen=True)
 class Build:
-    """Build webdataset shards from a JSONL with images or a published data set, or render the tiny world."""
+    """Build webdataset shards from a JSONL with images or a published data set, or render the tiny world.
+
+    examples:
+      ghostvis-data build my.jsonl my_data
+      ghostvis-data build vqav2 vqav2 --root ~/downloads/vqa
+      ghostvis-data build gsm8k gsm8k
+      ghostvis-data build tiny_world tiny --seed 1
+    """
 
     source: tyro.conf.Positional[str]
     """A JSONL file, the name of a published set (`ghostvis-data sets` lists them), or the word tiny_world."""
@@ -80,7 +78,13 @@ class Build:
 
 @dataclass(frozen=True)
 class Check:
-    """Count and verify a source or a built folder: checksums, images, tokens, duplicates, overlap with evaluation."""
+    """Count and verify a source or a built folder: checksums, images, tokens, duplicates, overlap with evaluation.
+
+    examples:
+      ghostvis-data check my.jsonl
+      ghostvis-data check my_data --against vqav2/val
+      ghostvis-data check my_data --sample cat-1
+    """
 
     source: tyro.conf.Positional[str]
     """A folder made by `ghostvis-data build`, or its address (https://..., pipe:...); before building a JSONL or, with
@@ -102,7 +106,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Write a contact sheet: a page of samples to look at."""
+    """Write a contact sheet: a page of samples to look at.
+
+    example:
+      ghostvis-data inspect my_data sheet.png
+    """
 
     source: tyro.conf.Positional[str]
     """A folder made by `ghostvis-data build`, or its address."""
@@ -119,12 +127,8 @@ class Sets:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the named recipes: what they mix, in which shares, under which licences, and what is built here.
-
-    A recipe of your own is a TOML file. Below [sft] (or tokenizer, base, vision, align, rl) a line
-    "my_data/train" = 0.7 gives a data set its share of the tokens; below [evaluate] a line
-    "my_data/val" = "exact_match" gives it a task.
-    """
+    """List the named recipes: what they mix, in which shares, under which licences, what is built here; and how to
+    write one of your own."""
 
 
 Command = (
@@ -138,7 +142,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; the exit status. A user's error is printed without a traceback and gives 1."""
-    command = tyro.cli(Command, prog="ghostvis-data", description=EXAMPLES, args=arguments)
+    command = tyro.cli(Command, prog="ghostvis-data", description=ABOUT, args=arguments)
     try:
         match command:
             case Build():
@@ -201,7 +205,8 @@ def run_build(command: Build) -> None:
         print(report.left_out[0])
     print(f"next: ghostvis-data check {report.folder}")
     if "train" in report.samples:
-        print(f"      ghostvis-train sft --data-recipe {report.folder} --source mid")
+        for line in train_commands(str(report.folder), read_manifest(report.folder / "train")["kind"]):
+            print(f"      {line}")
 
 
 def list_sets() -> str:

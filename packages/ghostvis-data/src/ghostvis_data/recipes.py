@@ -97,6 +97,14 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+OWN = """
+a recipe of your own, mix.toml, for --data-recipe mix.toml:
+  [sft]                          # or tokenizer, base, align, ...
+  "my_data/train" = 0.7          # data set = its share of the tokens
+  "smoltalk/train" = 0.3
+  [evaluate]
+  "my_data/val" = "exact_match"  # data set = its task: a name, or a Python file"""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -135,14 +143,13 @@ class Recipe:
             DataError: this recipe has no data for the phase, or a data set is missing or damaged.
         """
         if phase not in self.phases:
-            has = ", ".join(self.phases)
+            kind = "text" if "base" in self.phases else "chat"
             raise DataError(
                 explain(
                     f"the recipe {self.name} has no data for the phase {phase}.",
-                    expected=f"one of the phases it has data for: {has}",
-                    likely=f"a model that has not been through {phase} yet: fine-tuning starts from a trained one",
-                    next_step="ghostvis-train sft (trains every phase on the tiny world), "
-                    f"then ghostvis-train sft --data-recipe {self.name} --source mid",
+                    expected=f"one of the phases it has data for: {', '.join(self.phases)}",
+                    likely="it holds texts" if kind == "text" else "it holds conversations",
+                    next_step="\n           ".join(train_commands(self.name, kind)),
                 )
             )
         return [Dataset(source.location, allow_damaged=allow_damaged) for source in self.phases[phase]]
@@ -163,6 +170,16 @@ class Recipe:
     def baseline_of(self, name: str) -> Location:
         """The training split from which an evaluation's majority answers are read."""
         return self.baselines.get(name, self.baseline)
+
+
+def train_commands(recipe: str, kind: str) -> list[str]:
+    """What to type to train on a built folder or a recipe of texts (`text`) or of conversations (`chat`)."""
+    if kind == "text":
+        return [
+            f"ghostvis-train tokenizer --data-recipe {recipe} --model-tag d8",
+            f"ghostvis-train base --depth 8 --data-recipe {recipe}",
+        ]
+    return [f"ghostvis-train sft --data-recipe {recipe} --source mid   # from an aligned model, as `align` makes it"]
 
 
 def sets_folder() -> Path:
@@ -222,7 +239,9 @@ def describe_recipes() -> str:
                 built = "built" if (sets_folder() / folder / MANIFEST).exists() else "not built here"
                 share = f"{value:4.0%}" if phase != "evaluate" else "    "
                 lines.append(f"  {phase:<10} {share} {folder:<22} {built}; {SETS[folder.split('/')[0]].licence}")
-    lines.append(f"data sets are looked for in {sets_folder()}; ghostvis-data sets says where each is published")
+    lines.append(f"data sets are looked for in {sets_folder()}; `ghostvis-data sets` says where each is published")
+    lines.append(f"next: ghostvis-data build gsm8k {sets_folder() / 'gsm8k'}")
+    lines.append(OWN)
     return "\n".join(lines)
 
 
@@ -237,7 +256,7 @@ def _of_folder(folder: Location, name: str) -> Recipe:
                 f"{folder} has no split to train on, only {', '.join(splits)}.",
                 expected="a data set with a split called train",
                 likely="a set that is published for evaluation alone",
-                next_step="name it below [evaluate] in a recipe file of your own (ghostvis-data recipes --help)",
+                next_step="name it below [evaluate] in a recipe file of your own (`ghostvis-data recipes` shows one)",
             )
         )
     train = inside(folder, "train") if splits else folder
@@ -298,14 +317,18 @@ def _check_built(name: str, folders: Mapping[str, Location]) -> None:
             missing[key] = folder
     if not missing:
         return
+    splits: dict[str, list[str]] = {}  # of each set: one build makes all of them
     commands = {}
     for key, folder in missing.items():
         known, _, split = key.partition("/")
         if known in SETS:
-            root = "" if split in SETS[known].hub_splits else " --root FOLDER_WITH_ITS_FILES"
-            commands[f"ghostvis-data build {known} {folder.parent}{root}"] = SETS[known].licence
+            splits.setdefault(known, []).append(split)
         else:
             commands[f"ghostvis-data build my.jsonl {folder.parent}"] = "yours"
+    for known, wanted in splits.items():
+        on_hub = all(split in SETS[known].hub_splits for split in wanted)
+        root = "" if on_hub else " --root FOLDER_WITH_ITS_FILES"
+        commands[f"ghostvis-data build {known} {sets_folder() / known}{root}"] = SETS[known].licence
     listed = "\n           ".join(f"{command}   # licence: {licence}" for command, licence in commands.items())
     raise DataError(
         explain(
@@ -322,7 +345,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
     def refuse(found: str, expected: str) -> DataError:
         return DataError(
-            explain(f"{path}: {found}.", expected=expected, next_step="see `ghostvis-data recipes --help`")
+            explain(
+                f"{path}: {found}.",
+                expected=expected,
+                next_step="`ghostvis-data recipes`, which ends with one that is right",
+            )
         )
 
     if not path.is_file():
@@ -359,14 +386,25 @@ def _tiny_world(folder: Location, name: str) -> Recipe:
 
 
 def _unknown(name: str) -> DataError:
+    expected = "a folder made by `ghostvis-data build`, a recipe file NAME.toml, or one of " + ", ".join(RECIPES)
+    if Path(name).is_file():
+        folder = Path(name).stem
+        return DataError(
+            explain(
+                f"{name} is a file, not a recipe.",
+                expected=expected,
+                likely="samples that have not been built yet",
+                next_step=f"ghostvis-data build {name} {folder}, then --data-recipe {folder}",
+            )
+        )
     near = difflib.get_close_matches(name, RECIPES, n=1)
-    known = "; ".join(f"{known} ({what})" for known, what in RECIPES.items())
     cause = f"a typing error for {near[0]}" if near else "a folder or file that is not here, or has another name"
     return DataError(
         explain(
             f"no recipe and no folder is called {name!r}.",
-            expected=f"{known}; a folder made by ghostvis-data build; or a recipe file, NAME.toml",
+            expected=expected,
             likely=cause,
-            next_step=f"ghostvis-data build my.jsonl {'my_data' if near else name}",
+            next_step="ghostvis-data recipes, which says more of each; "
+            f"or ghostvis-data build my.jsonl {'my_data' if near else name}",
         )
     )

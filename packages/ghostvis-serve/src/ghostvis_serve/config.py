@@ -12,28 +12,28 @@ class AnswerConfig:
     """Which model answers, and how. Shared by both commands."""
 
     source: str = "sft"
-    """Which model: `sft`, `rl`, `mid` or `base` (the newest checkpoint of that phase), or the path of a folder."""
+    """Which model: `sft`, `rl`, `mid` or `base` (the newest run of that phase), `sft/d20` (one run), or a folder."""
 
     model_tag: str | None = None
-    """Which run of that phase, such as `d20` (default: the one written last)."""
+    """Which run of that phase, such as `d20`. None: the one written last."""
 
     step: int | None = None
-    """Which step of that run (default: the last)."""
+    """Which step of that run. None: the last."""
 
     device: str | None = None
-    """Where to compute: `cpu`, `cuda`, `cuda:1`, `mps` (default: a GPU if there is one)."""
+    """Where to compute: `cpu`, `cuda`, `cuda:1`, `mps`. None: a GPU if there is one."""
 
     temperature: float = 0.0
     """0 takes the likeliest token each time; up to 2, higher is more varied."""
 
     top_k: int | None = None
-    """Sample among the k likeliest tokens only (default: among all)."""
+    """Sample among the k likeliest tokens only. None: among all."""
 
     max_tokens: int = 256
     """The longest answer, in tokens."""
 
     seed: int | None = None
-    """Makes sampled answers repeatable (default: different each time)."""
+    """Makes sampled answers repeatable. None: different each time."""
 
     system: str | None = None
     """An instruction put before every conversation that brings none of its own."""
@@ -49,10 +49,16 @@ class AnswerConfig:
 
 @dataclass(frozen=True)
 class ChatConfig(AnswerConfig):
-    """Talk to a model in the terminal; /image PATH shows it a picture."""
+    """Talk to a model in the terminal; /image PATH shows it a picture.
+
+    examples:
+      ghostvis-serve chat
+      ghostvis-serve chat --image cat.jpg -p "What is it?"
+      ghostvis-serve chat --source mid/d20
+    """
 
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    """Ask this one question, print the answer and exit (default: a conversation)."""
+    """Ask this one question, print the answer and exit. None: a conversation."""
 
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A picture that goes with the first question; repeat the flag for several."""
@@ -60,7 +66,12 @@ class ChatConfig(AnswerConfig):
 
 @dataclass(frozen=True)
 class WebConfig(AnswerConfig):
-    """Show a chat page in the browser and answer POST /v1/chat/completions."""
+    """Show a chat page in the browser and answer POST /v1/chat/completions.
+
+    examples:
+      ghostvis-serve web
+      ghostvis-serve web --source sft/d20 --port 8000
+    """
 
     host: str = "127.0.0.1"
     """The address to listen on. Other than loopback, whoever reaches it may use the model: there is no password."""

@@ -33,14 +33,15 @@ def load(config: AnswerConfig) -> Loaded:
 
 
 def _find(config: AnswerConfig) -> tuple[Path, str]:
-    if config.source in KINDS:
-        tag = config.model_tag or checkpoint.find(config.source).parent.name
-        folder = checkpoint.find(config.source, tag, config.step)
-        return folder, f"ghostvis-{folder.parent.name}-{config.source}"
+    kind, _, tag = config.source.partition("/")  # `sft`, or one run of it: `sft/d20`
+    if kind in KINDS and not (tag and config.model_tag):
+        tag = tag or config.model_tag or checkpoint.find(kind).parent.name
+        folder = checkpoint.find(kind, tag, config.step)
+        return folder, f"ghostvis-{folder.parent.name}-{kind}"
     if config.model_tag is not None:
         raise UserError(
             f"--model-tag {config.model_tag} goes with --source {', '.join(KINDS)}; "
-            f"--source {config.source} is a folder and names the run itself"
+            f"--source {config.source} names the run itself"
         )
     folder = Path(os.path.expanduser(config.source))
     if config.step is not None:

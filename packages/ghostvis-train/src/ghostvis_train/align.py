@@ -47,8 +47,10 @@ def run(config: AlignConfig) -> Path:
     announce("align", f"connector on captions ({options.data_recipe}) -> mid_checkpoints/{tag}")
     source = checkpoint.load(parent)
     eyes = settings.TINY_EYES if tiny else settings.REAL_EYES
-    connector = ConnectorConfig(config.connector or eyes.connector, config.tokens_per_image or eyes.tokens_per_image)
-    model = GhostVis(with_vision(source.model.config, vision_config(config.encoder or eyes.encoder), connector))
+    encoder = vision_config(config.encoder or eyes.encoder)
+    tokens = config.tokens_per_image or min(eyes.tokens_per_image, encoder.num_patches)
+    connector = ConnectorConfig(config.connector or eyes.connector, tokens)
+    model = GhostVis(with_vision(source.model.config, encoder, connector))
     model.decoder.load_state_dict(source.model.decoder.state_dict())
     assert model.vision is not None
     assert model.connector is not None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Annotated
+from inspect import cleandoc
 
 import tyro
 
 from ghostvis_model.errors import GhostVisError, message_of
+from ghostvis_model.paths import home
 from ghostvis_train.options import (
     AlignConfig,
     BaseConfig,
     EvalConfig,
     SftConfig,
     TokenizerConfig,
+    UserError,
     VisionConfig,
 )
 from ghostvis_train.world import TINY_WORLD, drawn_meanwhile
@@ -29,16 +33,30 @@ examples:
   ghostvis-train eval                                         score the newest fine-tuned model
   ghostvis-train base --depth 20 --data-recipe texts/         pretrain a real model
   torchrun --nproc-per-node 8 -m ghostvis_train base ...      the same on eight GPUs
+  ghostvis-train base --help                                  every flag of a command
 """
 
-Command = (
-    Annotated[TokenizerConfig, tyro.conf.subcommand("tokenizer")]
-    | Annotated[VisionConfig, tyro.conf.subcommand("vision")]
-    | Annotated[BaseConfig, tyro.conf.subcommand("base")]
-    | Annotated[AlignConfig, tyro.conf.subcommand("align")]
-    | Annotated[SftConfig, tyro.conf.subcommand("sft")]
-    | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
-)
+Command = TokenizerConfig | VisionConfig | BaseConfig | AlignConfig | SftConfig | EvalConfig
+COMMANDS: dict[str, type[Command]] = {
+    "tokenizer": TokenizerConfig,
+    "vision": VisionConfig,
+    "base": BaseConfig,
+    "align": AlignConfig,
+    "sft": SftConfig,
+    "eval": EvalConfig,
+}
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """A command line as a config; ends the process for --help and for flags that cannot be read.
+
+    The list of commands has the first line about each, the help of a command all of it, its examples too.
+    """
+    about = {name: cleandoc(str(kind.__doc__)) for name, kind in COMMANDS.items()}
+    if not arguments or arguments[0] not in COMMANDS:
+        about = {name: text.splitlines()[0] for name, text in about.items()}
+    kinds = tyro.extras.subcommand_type_from_defaults({name: kind() for name, kind in COMMANDS.items()}, about)
+    return tyro.cli(kinds, prog="ghostvis-train", description=EXAMPLES, args=arguments)
 
 
 def dispatch(config: Command, started: float) -> None:
@@ -52,13 +70,29 @@ def dispatch(config: Command, started: float) -> None:
         case VisionConfig():
             vision.run(config)
         case BaseConfig():
-            base.run(config)
+            base.run(config, started)
         case AlignConfig():
             align.run(config)
         case SftConfig():
             sft.run(config, started)
         case EvalConfig():
             evaluate.run(config, started)
+
+
+def check_home() -> None:
+    """Raise UserError where nothing can be kept in $GHOSTVIS_HOME."""
+    folder = home()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "no permission to write"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(
+            f"{folder} cannot hold data and checkpoints: {reason}.\n"
+            "  expected a folder on a disk with space\n"
+            "  try      export GHOSTVIS_HOME=/path/to/another, then the same command again"
+        )
 
 
 def _seed_of_world(config: Command) -> int | None:
@@ -78,8 +112,9 @@ def main() -> None:
     # of times a step while a thread lays out the batches ahead. With the usual 5 ms, and a task for each remembered
     # image, the tiny fine-tuning took about 84 s on one H200; with this and no such tasks 46 s (2026-11-21).
     sys.setswitchinterval(5e-4)
-    config = tyro.cli(Command, prog="ghostvis-train", description=EXAMPLES)
+    config = parse(sys.argv[1:])
     try:
+        check_home()
         dispatch(config, started)
     except KeyboardInterrupt:
         print(

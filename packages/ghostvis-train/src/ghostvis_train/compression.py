@@ -95,14 +95,15 @@ def named_paths(entries: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def open_vocabulary(name: str, path: Path) -> ghostvis_bpe.Encoding:
-    """A published vocabulary: a `tokenizer.json`, or a rank file of tiktoken's that is called gpt2, cl100k or o200k.
+    """A vocabulary: a `tokenizer.json` (ours, or of transformers), or tiktoken's ranks called gpt2, cl100k or o200k.
 
     Raises:
         UserError: the file is damaged, or not the one that its name says.
     """
     try:
         if path.suffix == ".json":
-            return ghostvis_bpe.from_hf(path)
+            ours = '"ghostvis-bpe"' in path.read_text(encoding="utf-8")[:100]  # its first key says so
+            return ghostvis_bpe.Encoding.load(path) if ours else ghostvis_bpe.from_hf(path)
         if name not in RANKS:
             raise UserError(
                 f"ghostvis: --compare {name}={path}: a rank file does not say how it splits text, its name has to.\n"

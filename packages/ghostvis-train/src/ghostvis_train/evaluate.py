@@ -1,5 +1,7 @@
 """Score a checkpoint on held-out samples, beside what it scores blind, with a wrong picture, and by majority.
 
+Texts are scored in bits per byte.
+
 uv run ghostvis-train eval
 uv run ghostvis-train eval --source sft --model-tag tiny-my_data --data-recipe my_data/
 """
@@ -28,8 +30,9 @@ from ghostvis_model.sampling import Sampling
 from ghostvis_model.vlm import GhostVis
 from ghostvis_train import samples
 from ghostvis_train.context import resolve_device
+from ghostvis_train.held_out import score_text
 from ghostvis_train.options import EvalConfig, UserError
-from ghostvis_train.phase import TINY_WORLD, announce, open_data
+from ghostvis_train.phase import TINY_WORLD, announce, locate, open_data
 
 FEWEST_ROWS, MOST_ROWS = 64, 512
 CACHE_BYTES = 4 << 30  # for more rows than the fewest
@@ -39,12 +42,12 @@ REMEMBERED_BYTES = 256 << 20  # of pictures read for questions to come
 def run(config: EvalConfig, started: float | None = None) -> Path:
     """Evaluate a checkpoint by itself; its folder. `started` is as in `report`, default now."""
     started = time.perf_counter() if started is None else started
-    if config.source in checkpoint.KINDS:
-        folder = checkpoint.find(config.source, config.model_tag, config.step)
-    else:
-        folder = checkpoint.resolve(config.source)
+    folder = locate(config.source, config.model_tag, config.step)
     plan = checkpoint.read_meta(folder)["plan"]
-    recipe = open_data(config.data_recipe or plan["data_recipe"], plan["seed"])
+    data_recipe = config.data_recipe or plan.get("data_recipe")
+    if data_recipe is None:
+        raise UserError(f"{folder} was not trained here; --data-recipe FOLDER says what to score it on")
+    recipe = open_data(data_recipe, plan.get("seed", 0))
     report(folder, recipe, resolve_device(config.device), started, config.batch_size, config.max_samples)
     return folder
 
@@ -76,12 +79,21 @@ def report(
     majorities: dict[tuple[str, str], dict[str, str]] = {}
     for name in recipe.evaluations:
         dataset, task = recipe.evaluation(name), recipe.task_of(name)
+        if dataset.kind == "text":
+            text = score_text(model, dataset, max_samples)
+            figures[name] = {"bits_per_byte": text.bits_per_byte, "loss": text.loss}
+            print(f"\n{name:14s} {text}", flush=True)
+            continue
         count = min(len(dataset), max_samples or len(dataset))
         asked = [task.questions(dataset[index]) for index in range(count)]
         questions = [question for group in asked for question in group]
         if not questions:
+            raise UserError(f"{recipe.evaluations[name]} has no question to ask")
+        if model.vision is None and any(question.images for question in questions):
             raise UserError(
-                f"{recipe.evaluations[name]} has no question to ask: a text recipe is not scored by answers"
+                f"{folder} has no eyes, and {name} asks about pictures.\n"
+                "  expected a model that has been through align, or questions in text alone\n"
+                "  try      uv run ghostvis-train eval --source mid, or --data-recipe text_sft"
             )
         results[name] = {}
         for view, prompts in views(asked).items():
@@ -117,7 +129,7 @@ def report(
         facts["headline"] = headline(results, facts["wall_s"])
     if max_samples is None:
         (folder.parent / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(closing(folder, facts), flush=True)
+    print(closing(folder, facts, saved=max_samples is None), flush=True)
     return facts
 
 
@@ -243,20 +255,26 @@ def headline(results: dict[str, dict[str, dict[str, Score]]], wall_s: float) -> 
     }
 
 
-def closing(folder: Path, facts: dict[str, Any]) -> str:
-    """Where things are, what to type next, and the tiny world's one line."""
-    source = folder.parent.parent.name.removesuffix("_checkpoints")
-    flags = f"--source {source} --model-tag {folder.parent.name}"
-    lines = [
-        f"\nscores       {folder.parent / 'eval.json'}",
-        f"pictures     {folder.parent / 'samples'}",
-        f"checkpoint   {folder}",
-        f"weights      sha256 {facts['weights_hash']}",
-        f"next         uv run ghostvis-serve chat {flags}   (then /image PATH)",
-        f"             uv run ghostvis-serve web {flags}",
-        "             uv run ghostvis-data build my.jsonl my_data/ "
-        "&& uv run ghostvis-train sft --data-recipe my_data/ --source mid",
-    ]
+def closing(folder: Path, facts: dict[str, Any], *, saved: bool) -> str:
+    """Where things are, what to type next, and the tiny world's one line. saved: not a quick look at some samples."""
+    source = f"{folder.parent.parent.name.removesuffix('_checkpoints')}/{folder.parent.name}"
+    pictures = folder.parent / "samples"
+    lines = [f"checkpoint   {folder}", f"weights      sha256 {facts['weights_hash']}"]
+    if saved:
+        shown = [f"pictures     {pictures}"] if pictures.is_dir() else []
+        lines = [f"scores       {folder.parent / 'eval.json'}", *shown, *lines]
+    else:
+        lines.append("saved        nothing: a look at some samples does not replace the figures of all")
+    example = pictures / samples.PICTURE.format(1)
+    image = f" --image {example}" if example.is_file() else ""
+    lines.append(f"next         uv run ghostvis-serve chat --source {source}{image}")
+    lines.append(f"             uv run ghostvis-serve web --source {source}")
+    if "headline" in facts:
+        lines.append(
+            "             uv run ghostvis-data build my.jsonl my_data/ "
+            "&& uv run ghostvis-train sft --data-recipe my_data/ --source mid"
+        )
+    lines[0] = "\n" + lines[0]
     if "headline" in facts:
         figures = facts["headline"]
         lines.append(

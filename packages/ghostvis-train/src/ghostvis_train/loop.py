@@ -85,6 +85,8 @@ class Job:
     """Whether the steps run as CUDA graphs."""
     skipped: Callable[[], dict[str, int]] = dict
     """Broken samples that this process has left out so far, by kind."""
+    held_out: Callable[[], dict[str, float]] = dict
+    """Figures of held-out data, for log.jsonl: asked on the first rank with every checkpoint but the last."""
 
 
 def check_plan(plan: Plan, folder: Path) -> None:
@@ -112,13 +114,20 @@ def train(job: Job, context: Context) -> Path:
     clock = Clock(plan.steps - step)
     metrics: dict[str, float] = {}
     while step < plan.steps:
-        metrics = _train_step(job, stepper, step, context)
+        try:
+            metrics = _train_step(job, stepper, step, context)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(job, step, error) from error
         step += 1
+        save_due = step % job.save_every == 0 and step < plan.steps
+        if save_due and context.is_main:
+            with context.autocast():
+                metrics |= job.held_out()
         context.log(run, {"phase": plan.phase, "step": step, **metrics, **clock.tick(metrics["data_wait_s"])})
         if step % job.log_every == 0 or step == plan.steps or step == 1:
             skipped = int(context.sum(sum(job.skipped().values())))
             context.say(_line(plan, step, metrics, clock, skipped))
-        if step % job.save_every == 0 and step < plan.steps:
+        if save_due:
             _save(job, run, step, metrics, context)
     folder = _save(job, run, step, metrics, context)
     context.accelerator.end_training()
@@ -127,6 +136,19 @@ def train(job: Job, context: Context) -> Path:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
         context.say(f"{plan.phase}: samples left out by the first process: {kinds}; `ghostvis-data check` names them")
     return folder
+
+
+def _out_of_memory(job: Job, step: int, error: torch.OutOfMemoryError) -> UserError:
+    """What to change, the flags first that leave the result as it is."""
+    rows = job.rows_per_micro_batch
+    fewer = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
+    ways = [f"--device-batch-size {fewer}, which leaves the step as it is"] if fewer else []
+    return UserError(
+        f"{job.plan.phase}: the memory of the GPU is full in step {step + 1}.\n"
+        f"  found    {rows} rows of {job.plan.row_tokens} tokens at once; {str(error).split('. ')[0]}\n"
+        f"  likely   more than fits, or another program on the GPU (`nvidia-smi`)\n"
+        f"  try      {', or '.join([*ways, '--recompute', 'a lower --context-length'])}"
+    )
 
 
 def _train_step(job: Job, stepper: Stepper, step: int, context: Context) -> dict[str, float]:

@@ -22,7 +22,7 @@ class RunOptions:
     """What every training phase is asked."""
 
     data_recipe: str = "tiny_world"
-    """A named recipe, or a folder made by `ghostvis-data build`."""
+    """A folder of `ghostvis-data build` or its address, a recipe file, or a name of `ghostvis-data recipes`."""
     depth: int | None = None
     """Layers of the decoder, even; width, heads and schedule follow. None: that of the tiny world or of the source."""
     model_tag: str | None = None
@@ -30,13 +30,15 @@ class RunOptions:
     seed: int = 0
     """Seeds the weights, the order of the data, and the tiny world itself."""
     steps: int | None = None
-    """Optimizer steps. None: by the recipe's rule."""
+    """Optimizer steps. None: --tokens-per-parameter in base, one pass over the data in align, --epochs in sft."""
     total_batch_size: int | None = None
-    """Tokens of one optimizer step over all ranks and micro-batches. None: by the recipe's rule."""
+    """Tokens of one optimizer step over all ranks and micro-batches. None: 32 rows; in base, grows with the model."""
     device_batch_size: int | None = None
     """Rows of one micro-batch on one device. None: all rows of a step in the tiny world, else at most 8."""
+    recompute: bool = False
+    """Keep only what passes between layers, and compute the rest again backward: less memory, one forward pass more."""
     context_length: int | None = None
-    """Tokens of a row. None: by the recipe's rule."""
+    """Tokens of a row. None: 2,048, less in the tiny world."""
     skip_budget: int = 0
     """Broken samples (damaged pictures, records, shards) that each process may leave out: counted, logged, without
     targets. One more stops the run, so 0 stops it at the first."""
@@ -70,7 +72,12 @@ Run = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Train a byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer.
+
+    examples:
+      ghostvis-train tokenizer --data-recipe texts/ --model-tag d20
+      ghostvis-train tokenizer --texts books/ code.jsonl --model-tag d20
+    """
 
     data_recipe: str = "tiny_world"
     """A named recipe, or a folder of texts made by `ghostvis-data build`."""
@@ -90,7 +97,11 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Teach the tiny encoder to see (real recipes load a published encoder instead)."""
+    """Teach the tiny encoder to see (real recipes load a published encoder instead).
+
+    example:
+      ghostvis-train vision
+    """
 
     run: Run = field(default_factory=RunOptions)
     encoder_lr: float | None = None
@@ -99,7 +110,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Pretrain the decoder on text."""
+    """Pretrain the decoder on text.
+
+    examples:
+      ghostvis-train base --depth 20 --data-recipe texts/
+      torchrun --nproc-per-node 8 -m ghostvis_train base --depth 20 --data-recipe texts/
+    """
 
     run: Run = field(default_factory=RunOptions)
     tokens_per_parameter: float = 12.0
@@ -116,7 +132,11 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Train the connector alone on captions: decoder and encoder stay frozen."""
+    """Train the connector alone on captions: decoder and encoder stay frozen.
+
+    example:
+      ghostvis-train align --source base/d20 --data-recipe captions/
+    """
 
     run: Run = field(default_factory=RunOptions)
     source: str = "base"
@@ -128,7 +148,8 @@ class AlignConfig:
     connector: Literal["perceiver", "avgpool", "pixel_shuffle", "mlp"] | None = None
     """None: perceiver."""
     tokens_per_image: int | None = None
-    """Tokens that the connector makes of one image. None: by the recipe's rule."""
+    """Tokens that the connector makes of one image. None: 9 in the tiny world, else 64, or as many as the encoder has
+    patches where those are fewer."""
     connector_lr: float | None = None
     """Peak of Muon for the connector's matrices. None: by the recipe's rule."""
 
@@ -138,6 +159,11 @@ class SftConfig:
     """Fine-tune on conversations about pictures, then evaluate.
 
     In the tiny world, with no arguments, everything before it runs by itself.
+
+    examples:
+      ghostvis-train sft
+      ghostvis-train sft --seed 1
+      ghostvis-train sft --data-recipe my_data/ --source mid --epochs 30
     """
 
     run: Run = field(default_factory=RunOptions)
@@ -165,10 +191,15 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Score a checkpoint on held-out samples, beside its blind and majority baselines."""
+    """Score a checkpoint on held-out samples, beside its blind and majority baselines.
+
+    examples:
+      ghostvis-train eval
+      ghostvis-train eval --source mid/tiny --max-samples 50
+    """
 
     source: str = "sft"
-    """Kind of checkpoint (base, mid, sft), or a checkpoint's folder."""
+    """What to score: a kind of checkpoint (`sft`: its newest run), one run of it (`sft/d20`), or a folder."""
     model_tag: str | None = None
     """Run of that kind. None: the newest."""
     step: int | None = None
@@ -176,7 +207,7 @@ class EvalConfig:
     data_recipe: str | None = None
     """A named recipe or a folder. None: the one the checkpoint was trained on."""
     max_samples: int | None = None
-    """Samples of each split. None: all."""
+    """Samples of each split; of texts, rows. None: all; of texts, 512 rows."""
     batch_size: int | None = None
     """Questions answered side by side. None: 64, on a GPU up to 512 where their keys and values take at most 4 GiB."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

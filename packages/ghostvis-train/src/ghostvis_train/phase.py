@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from ghostvis_model.config import VLMConfig
 from ghostvis_model.moe import MixtureOfExperts
 from ghostvis_model.tokenizer import Tokenizer
 from ghostvis_model.vision import VisionTower
+from ghostvis_model.vlm import GhostVis
 from ghostvis_train import world
 from ghostvis_train.context import Context, resolve_device, start
 from ghostvis_train.loop import Job, Plan
@@ -72,13 +73,27 @@ def before(run: RunOptions) -> RunOptions:
     return replace(run, steps=None, total_batch_size=None, device_batch_size=None, save_every=None, log_every=None)
 
 
+def locate(source: str, model_tag: str | None = None, step: int | None = None) -> Path:
+    """A checkpoint: the newest of a kind (`mid`), of one run of it (`mid/d20`, or `model_tag`), a step, or a folder.
+
+    Raises CheckpointError that names the command that makes one, UserError for a tag or step beside a folder.
+    """
+    kind, _, tag = source.partition("/")
+    if model_tag is not None and (tag or kind not in checkpoint.KINDS):
+        raise UserError(f"--source {source} names the run itself; leave --model-tag {model_tag} out")
+    if kind in checkpoint.KINDS:
+        return checkpoint.find(kind, tag or model_tag, step)
+    if step is not None:
+        raise UserError(f"--step {step} goes with --source {', '.join(checkpoint.KINDS)}, not with {source}")
+    return checkpoint.resolve(source)
+
+
 def find_source(source: str, run: RunOptions) -> Path:
-    """The checkpoint to start from: the newest of a kind (`mid`), of one run of it (`mid/d20`), or a folder.
+    """The checkpoint to start from, as `locate` finds it.
 
     Raises CheckpointError that names the command that makes one, UserError if --depth contradicts it.
     """
-    kind, _, tag = source.partition("/")
-    folder = checkpoint.find(kind, tag or None) if kind in checkpoint.KINDS else checkpoint.resolve(source)
+    folder = locate(source)
     depth = checkpoint.read_meta(folder)["config"]["text"]["num_layers"]
     if run.depth not in (None, depth):
         raise UserError(
@@ -163,6 +178,7 @@ def make_job(
     config: dict[str, Any],
     parent: Path | None = None,
     notes: dict[str, str] | None = None,
+    held_out: Callable[[], dict[str, float]] = dict,
 ) -> Job:
     """Derive, print and freeze every number of a run."""
     if isinstance(stream, Stream):
@@ -184,6 +200,8 @@ def make_job(
         tokenizer=tokenizer.hash if tokenizer is not None else None,
     )
     micro_batch = run.device_batch_size or micro_batch_rows(run, rows, context.world)
+    if run.recompute:
+        recompute_insides(model)
     job = Job(
         kind=kind,
         model=model.to(context.device),
@@ -197,6 +215,7 @@ def make_job(
         rows_per_micro_batch=micro_batch,
         captured=records_steps(run, context.device, context.world, model, micro_batch * stream.row_tokens),
         skipped=(lambda: stream.stats().skipped) if isinstance(stream, Stream) else dict,
+        held_out=held_out,
     )
     describe(job, context)
     return job
@@ -210,6 +229,17 @@ def micro_batch_rows(run: RunOptions, rows: int, world: int) -> int:
     return max(n for n in range(1, min(mine, MICRO_BATCH_ROWS) + 1) if mine % n == 0)
 
 
+def recompute_insides(model: nn.Module) -> None:
+    """Let the decoder, and an encoder that learns, keep less for the backward pass."""
+    for module in model.modules():
+        if isinstance(module, GhostVis):
+            seen = module.vision.parameters() if module.vision is not None else ()
+            if any(parameter.requires_grad for parameter in seen):
+                module.set_gradient_checkpointing(True)
+            else:
+                module.decoder.gradient_checkpointing = True
+
+
 def records_steps(run: RunOptions, device: torch.device, world: int, model: nn.Module, tokens: int) -> bool:
     """Whether steps of so many tokens a micro-batch run as CUDA graphs.
 
@@ -220,6 +250,8 @@ def records_steps(run: RunOptions, device: torch.device, world: int, model: nn.M
         why_not = f"this is {world} process(es) on {device.type}; they are for one on one GPU"
     elif os.environ.get("GHOSTVIS_CHECK") == "1":
         why_not = "GHOSTVIS_CHECK=1 looks at every target, which waits for the GPU"
+    elif run.recompute:
+        why_not = "--recompute asks for the state of random numbers, which a graph that is being recorded must not"
     elif any(isinstance(module, MixtureOfExperts) for module in model.modules()):
         why_not = "the balance loss of experts would count the tokens that fill a batch up"
     if run.cuda_graphs == "on" and why_not:

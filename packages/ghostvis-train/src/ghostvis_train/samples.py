@@ -14,12 +14,14 @@ from ghostvis_model.images import load_image
 SIDE = 336
 TEXT_HEIGHT = 22
 COUNT = 4
+PICTURE = "picture_{}.png"
+"""Each picture alone, as it was shown: something to ask the model about in a chat."""
 
 
 def save(
     folder: Path, asked: Sequence[Sequence[Question]], replies: Sequence[str], judged: Sequence[float]
 ) -> list[Path]:
-    """Save the first pictures with their questions and answers as PNG files; their paths.
+    """Save the first pictures, and each with its questions and answers, as PNG files; the paths of the latter.
 
     asked: questions grouped by sample; replies and their scores: one per question, in the same order.
     """
@@ -32,6 +34,7 @@ def save(
         if group and group[0].images and len(paths) < COUNT:
             paths.append(folder / f"sample_{len(paths) + 1}.png")
             picture(group, replies[own], judged[own]).save(paths[-1])
+            load_image(group[0].images[0]).save(folder / PICTURE.format(len(paths)))
     return paths
 
 

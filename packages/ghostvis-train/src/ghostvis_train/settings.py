@@ -45,6 +45,8 @@ TINY_CONTEXT = 1024
 TINY_EYES = Eyes("tiny", "perceiver", 9)
 REAL_VOCAB = 32_768
 REAL_EYES = Eyes("siglip2_l16_384", "perceiver", 64)
+ROW_TOKENS = 2048
+"""Of a row of captions or conversations. Qwen2.5 reads 32,768, but a step of 32 such rows has a million tokens."""
 
 _DECODER = {"matrix": 0.01, "embedding": 3e-3, "head": 3e-3}
 _CONNECTOR = {"connector": 0.01, "positions": 3e-3}
@@ -85,10 +87,10 @@ def real_base(text: TextConfig, tokens_per_parameter: float) -> Settings:
 
 def real_align(text: TextConfig) -> Settings:
     """Rates of the tiny world; 32 rows of 2,048 tokens are about 350 captioned images (LLaVA-1.5 takes 256)."""
-    return Settings(32, text.context_length, _CONNECTOR, warmup=0.03)
+    return Settings(32, min(text.context_length, ROW_TOKENS), _CONNECTOR, warmup=0.03)
 
 
 def real_sft(text: TextConfig) -> Settings:
     """A tenth of the rates of pretraining and of alignment, less for the embedding: few of its rows are in the data."""
     rates = {"matrix": 0.002, "embedding": 3e-3, "head": 8e-4, "connector": 1e-3, "positions": 3e-4}
-    return Settings(32, text.context_length, rates, warmup=0.03)
+    return Settings(32, min(text.context_length, ROW_TOKENS), rates, warmup=0.03)

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 8 -m ghostvis_train sft --source mid/d20-captions --da
 from __future__ import annotations
 
 import time
+from math import ceil
 from pathlib import Path
 
 from torch import nn
@@ -29,6 +30,10 @@ from ghostvis_train.phase import (
     start_phase,
     tag_of,
 )
+
+# Fewer steps than this on data of one's own get a hint. A toy set of 174 pictures at depth 2: in 5 steps (an epoch) no
+# answer of 26 right, in 150 0.42, where 0.15 are right without the pictures (two EPYC cores, 2026-11-21).
+FEW_STEPS = 100
 
 
 def run(config: SftConfig, started: float | None = None) -> Path:
@@ -69,6 +74,10 @@ def run(config: SftConfig, started: float | None = None) -> Path:
     if config.evaluate and not scored:
         context.say(f"{recipe.name} has nothing held out: the result will not be scored")
     stream = make_stream(recipe, "sft", source.tokenizer, model.config, chosen, options)
+    steps = options.steps or chosen.steps or stream.steps(config.epochs)
+    if steps < FEW_STEPS and not tiny and options.steps is None:
+        epochs = ceil(FEW_STEPS / stream.steps_per_epoch)
+        context.say(f"few      {steps} steps change little: --epochs {epochs} takes {FEW_STEPS} and more")
     job = make_job(
         "sft",
         "sft",
@@ -80,7 +89,7 @@ def run(config: SftConfig, started: float | None = None) -> Path:
         stream=stream,
         data=stream.datasets,
         rows=stream.plan.rows_per_step,
-        steps=options.steps or chosen.steps or stream.steps(config.epochs),
+        steps=steps,
         tokenizer=source.tokenizer,
         config=model.config.to_dict(),
         parent=parent,
