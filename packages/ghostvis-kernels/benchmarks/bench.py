@@ -1,4 +1,4 @@
-"""Every op but the head's beside eager torch, torch.compile, Liger and torch's own, with floors of the same run.
+"""Every op but the head's beside eager torch, torch.compile, Liger, QuACK and torch's own, with floors of the same run.
 
     python packages/ghostvis-kernels/benchmarks/bench.py                      # CUDA, or small shapes on a CPU
     python packages/ghostvis-kernels/benchmarks/bench.py --ops decode,adamw --no-compile
@@ -160,7 +160,7 @@ def both_ways(
 
 
 def rows(machine: Machine, compile_: bool) -> Iterator[Case]:
-    functional = find("liger_kernel.transformers.functional")
+    functional, quack = find("liger_kernel.transformers.functional"), find("quack.rmsnorm")
     for shape in machine.shapes:
         n, width = machine.tokens, shape.width
         unit = n * width * machine.dtype.itemsize
@@ -174,6 +174,8 @@ def rows(machine: Machine, compile_: bool) -> Iterator[Case]:
         ways = {"ours": gk.rms_norm, **plain_ways(norm, compile_)}
         if functional:
             ways["Liger"] = lambda x, w: functional.liger_rms_norm(x, w, 1e-6, in_place=False)
+        if quack:
+            ways["QuACK"] = lambda x, w: quack.rmsnorm(x, w, eps=1e-6)
         yield from row_op(machine, f"rms_norm {shape.name}", ways, one, (2 * unit, 3 * unit))
 
         def add_norm(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +188,8 @@ def rows(machine: Machine, compile_: bool) -> Iterator[Case]:
         ways = {"ours": gk.add_rms_norm, **plain_ways(add_norm, compile_)}
         if functional and hasattr(functional, "liger_fused_add_rms_norm"):
             ways["Liger"] = lambda x, r, w: functional.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False)
+        if quack:
+            ways["QuACK"] = lambda x, r, w: quack.rmsnorm(x, w, residual=r, eps=1e-6, prenorm=True)
         yield from row_op(machine, f"add_rms_norm {shape.name}", ways, two, (4 * unit, 4 * unit))
         yield from heads(machine, shape, functional, compile_)
 

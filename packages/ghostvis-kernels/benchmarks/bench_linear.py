@@ -1,4 +1,4 @@
-"""The head ops beside torch.compile, Liger and CCE, with floors measured in the same run. Needs a CUDA device.
+"""The head ops beside torch.compile, Liger, CCE and QuACK, with floors measured in the same run. Needs a CUDA device.
 
     python packages/ghostvis-kernels/benchmarks/bench_linear.py
     python packages/ghostvis-kernels/benchmarks/bench_linear.py --ops loss,logprob --shapes d20 --no-compile
@@ -108,6 +108,13 @@ def cce_loss(x: Tensor, weight: Tensor, target: Tensor) -> Ways:
     return {"cce": lambda: module.linear_cross_entropy(x, weight, target)}
 
 
+def quack_loss(x: Tensor, weight: Tensor, target: Tensor) -> Ways:
+    module = find("quack.linear_cross_entropy")
+    if module is None:
+        return {}
+    return {"quack": lambda: module.chunked_linear_cross_entropy(x, weight, target)}
+
+
 def liger_policy(x: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Ways:
     fused, losses = find("liger_kernel.chunked_loss.grpo_loss"), find("liger_kernel.ops.grpo_loss")
     if fused is None or losses is None:
@@ -143,7 +150,7 @@ def loss_ways(x: Tensor, weight: Tensor, target: Tensor, compiled: bool) -> Ways
     tenth = x.shape[0] * weight.shape[0] * x.element_size() // 10  # of the logits' bytes: less memory, more passes
     calls["ours, 1/10"] = lambda: gk.linear_cross_entropy(x, weight, target, workspace_bytes=tenth)
     calls |= {"compile": lambda: plain(x, weight)} if compiled else {}
-    calls |= liger_loss(x, weight, target) | cce_loss(x, weight, target)
+    calls |= liger_loss(x, weight, target) | cce_loss(x, weight, target) | quack_loss(x, weight, target)
     return {name: gradient(call, (x, weight)) for name, call in calls.items()}
 
 

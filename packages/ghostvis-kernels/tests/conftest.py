@@ -29,6 +29,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def interpreter() -> None:
+    """Skip where Triton's interpreter cannot run: it computes with NumPy, which neither triton nor torch installs."""
+    pytest.importorskip("triton")
+    pytest.importorskip("numpy")
+
+
+@pytest.fixture
 def rng() -> torch.Generator:
     """Fresh random input each run; pytest shows the seed of a failure."""
     seed = int(os.environ.get("GHOSTVIS_TEST_SEED", secrets.randbits(32)))

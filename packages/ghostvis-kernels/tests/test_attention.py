@@ -151,6 +151,32 @@ def test_decoding_with_keys_already_in_the_cache_equals_writing_them(normal):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [((3, 9, 36, 2, 2, 64), False), ((2, 200, 200, 6, 2, 128), True), ((2, 1024, 1024, 6, 3, 128), True)],
+    ids=["small cross", "small", "large"],
+)
+def test_small_and_large_batches_match_float64_on_a_gpu(normal, assert_as_good_as_torch, error, dtype, shape, causal):
+    batch, tokens, keys, query_heads, kv_heads, size = shape
+    q = normal(batch, tokens, query_heads, size, device="cuda", dtype=dtype)
+    k, v = (normal(batch, keys, kv_heads, size, device="cuda", dtype=dtype) for _ in range(2))
+
+    def reference(q, k, v):
+        return attention_reference(q, k, v, causal=causal)
+
+    def in_its_dtype(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    assert_as_good_as_torch(lambda q, k, v: gk.attention(q, k, v, causal=causal), reference, in_its_dtype, [q, k, v])
+    with torch.no_grad():
+        found = gk.attention(q, k, v, causal=causal)
+    assert error(found, reference(q.double(), k.double(), v.double())) < 5e-3
+
+
+@pytest.mark.gpu
 def test_decoding_and_the_head_run_without_waiting_for_the_device(normal, rng):
     q, k, v = (t.detach() for t in heads(normal, 2, 1, device="cuda", dtype=torch.bfloat16))
     caches = [torch.zeros(2, 64, 2, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -209,7 +235,15 @@ P = torch.ones(6, 4, 8)
         (lambda: gk.attention(P, P, P, cu_seqlens=boundaries([2, 3])), r"cu_seqlens runs .* over N=6 tokens"),
         (lambda: gk.attention(P, P, P), r"expected \(B, T, H, h\)"),
         (lambda: gk.attention_decode(Q, Q, Q, torch.tensor([0, 1])), r"holds 1 tokens and gets 5 more.*S=5"),
+        (lambda: gk.attention(Q, Q.to("meta"), Q), r"attention: q is on cpu, k on meta, v on cpu"),
+        (lambda: gk.attention(Q.int(), Q.int(), Q.int()), r"attention: q is torch.int32; expected floating"),
         (lambda: gk.attention_decode(Q, Q, Q, torch.tensor([0, 0]), Q), r"one of k and v is None"),
+        (lambda: gk.attention_decode(Q, Q, Q, torch.tensor([0, 0]), window=0), r"window is 0; expected at least 1"),
+        (lambda: gk.attention_decode(Q, Q, Q, torch.zeros(2).long().to("meta")), r"cache_len is on meta but q is on"),
+        (
+            lambda: gk.attention_decode(Q, Q, Q, torch.tensor([0, 0]), Q.half(), Q),
+            r"q is torch.float32 but k torch.float16; expected one dtype",
+        ),
     ],
 )
 def test_errors_name_the_argument_and_both_values(call, message):

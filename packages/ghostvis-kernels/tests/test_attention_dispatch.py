@@ -111,6 +111,30 @@ def test_softcap_leaves_flash_attn_4_and_hopper_leaves_flash_attn_2(packages, ca
     backends.capability.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "wanted"),
+    [
+        ((8, 9, 36, 2, 64), {}, True),  # a tiny perceiver
+        ((8, 64, 64, 2, 64), {}, False),  # lengths of training do not vary
+        ((64, 64, 576, 20, 64), {}, False),
+        ((1, 512, 512, 10, 128), {"grad": False}, True),  # a prompt
+        ((1, 2048, 2048, 10, 128), {"grad": False}, False),
+        ((1, 5, 5, 2, 20), {}, False),  # SDPA pads these heads
+        ((0, 5, 5, 2, 64), {}, False),
+    ],
+)
+def test_cudnn_is_left_alone_where_its_plan_would_cost_more(shape, options, wanted):
+    batch, queries, keys, heads, size = shape
+    q, k, v = (
+        torch.empty(batch, n, heads, size, device="meta", requires_grad=options.get("grad", True))
+        for n in (queries, keys, keys)
+    )
+    assert attention_module._not_worth_a_plan(q, k, v) is wanted
+    if wanted:
+        strided = torch.empty(batch, keys, heads, 2 * size, device="meta")[..., ::2]
+        assert not attention_module._not_worth_a_plan(q, k, strided)
+
+
 def test_the_choice_of_a_kernel_does_not_break_the_graph(packages, capability):
     packages()
     capability(9)

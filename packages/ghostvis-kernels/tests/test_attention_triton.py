@@ -47,7 +47,7 @@ print("packed")
 DECODE = """
 from ghostvis_kernels import attention_decode_triton as kernels
 from ghostvis_kernels.attention_decode import decode_reference
-kernels.PIECE, kernels.LONGEST = 16, 64
+kernels.PIECE, kernels.LONGEST, kernels.CUT = 16, 64, 32
 for rows, new, heads, kv_heads, size, room, window, multiprocessors in (
     (3, 1, 4, 2, 16, 150, 0, 2),  # more rows than multiprocessors, of different length: long ones are cut
     (2, 1, 4, 2, 16, 150, 0, 2),  # of equal length: left whole
@@ -101,8 +101,8 @@ print("newton_schulz")
 """
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_kernels_match_float64_under_the_interpreter(rng):
-    pytest.importorskip("triton")
     code = START.format(seed=rng.initial_seed()) + PACKED + DECODE + NEWTON_SCHULZ  # one process: torch takes seconds
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

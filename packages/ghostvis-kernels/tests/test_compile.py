@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ghostvis_kernels as gk
-from ghostvis_kernels.linear_cross_entropy import _backward_op, _forward_op
+from ghostvis_kernels.linear_cross_entropy import _backward_op, _forward_op, scale_cast
 
 
 def test_a_block_compiled_in_one_graph_equals_eager(normal, outputs_and_gradients, device):
@@ -99,6 +99,7 @@ def test_the_registered_operators_pass_opcheck(normal, rng):
     lse, grad = torch.randn(9), torch.randn(9)
     inputs = (x, weight, bias, target, None, lse, grad, numbers, -100, 1 << 20, needs)
     torch.library.opcheck(_backward_op, inputs, test_utils=checks)
+    torch.library.opcheck(scale_cast, (weight, torch.tensor(0.5), torch.bfloat16), test_utils=checks)
 
 
 def test_the_package_imports_without_triton_and_without_a_device():

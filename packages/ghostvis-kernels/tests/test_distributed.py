@@ -1,4 +1,4 @@
-"""FSDP2 on CPUs: weights owned by our modules train as on one process; used outside their module they raise."""
+"""FSDP2 and DDP on CPUs: weights owned by our modules train as on one process; used outside their module they raise."""
 
 import subprocess
 import sys
@@ -42,6 +42,12 @@ fully_shard(model, mesh=mesh)
 x, target = state["x"][rank * 6 : rank * 6 + 6], state["target"][rank * 6 : rank * 6 + 6]
 model(x, target).backward()
 grads = [p.grad.full_tensor() for p in (norm.weight, head.weight)]
+norm, head = RMSNorm(16), LinearCrossEntropy(16, 40, softcap=15.0)
+norm.load_state_dict(state["norm"])
+head.load_state_dict(state["head"])
+replica = torch.nn.parallel.DistributedDataParallel(Model(norm, head))  # kept: it owns what backward reduces with
+replica(x, target).backward()
+grads += [p.grad for p in (norm.weight, head.weight)]
 if rank == 0:
     torch.save(grads, f"{folder}/grads.pt")
 dist.destroy_process_group()
@@ -80,7 +86,7 @@ def test_a_weight_outside_its_sharded_module_raises_and_inside_it_works(modules,
 
 
 @pytest.mark.slow
-def test_a_head_and_norm_sharded_over_two_processes_have_the_gradients_of_one(modules, tmp_path):
+def test_a_head_and_norm_under_fsdp2_and_ddp_have_the_gradients_of_one_process(modules, tmp_path):
     norm, head = modules
     x, target = torch.randn(12, 16), torch.randint(0, 40, (12,))
     state = {"norm": norm.state_dict(), "head": head.state_dict(), "x": x, "target": target}
@@ -95,7 +101,8 @@ def test_a_head_and_norm_sharded_over_two_processes_have_the_gradients_of_one(mo
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors
     head(norm(x), target).backward()  # the mean over 12 tokens is that of two means over 6
-    for found, parameter in zip(torch.load(tmp_path / "grads.pt"), (norm.weight, head.weight), strict=True):
+    expected = (norm.weight, head.weight) * 2  # of FSDP2, then of DDP
+    for found, parameter in zip(torch.load(tmp_path / "grads.pt"), expected, strict=True):
         torch.testing.assert_close(found, parameter.grad)
 
 

@@ -320,13 +320,36 @@ def test_positions_outside_the_tables_give_nan_on_cuda(normal):
             r"add_rms_norm: x is \(2, 3\) but residual is \(3,\)",
         ),
         (lambda: gk.swiglu(torch.ones(2), torch.ones(3)), r"swiglu: gate is \(2,\).*up is \(3,\)"),
-        (lambda: gk.swiglu_packed(torch.ones(2, 3)), r"swiglu_packed: the last dimension of gate_up is 3"),
+        (lambda: gk.swiglu_packed(torch.ones(2, 3)), r"swiglu_packed: gate_up is \(2, 3\); expected \[..., 2F\]"),
         (lambda: gk.rope(torch.ones(9, 1, 4), torch.ones(9, 1, 4), *tables(8, 2)), r"rope: q has T=9.*8 positions"),
         (
             lambda: gk.rope(torch.ones(9, 1, 4), torch.ones(9, 1, 4), *tables(9, 3)),
             r"rope: cos is \(9, 3\).*\(T_max, 2\)",
         ),
+        (
+            lambda: gk.rope(torch.ones(5, 1, 4), torch.ones(5, 1, 4), *tables(9, 2), torch.arange(7)),
+            r"rope: position_ids is \(7,\) torch.int64; expected .* broadcastable to \(5,\)",
+        ),
+        (
+            lambda: gk.rope(torch.ones(5, 1, 4), torch.ones(5, 1, 4), *tables(9, 2), torch.ones(5)),
+            r"rope: position_ids is \(5,\) torch.float32; expected int32 or int64",
+        ),
         (lambda: gk.newton_schulz(torch.ones(3)), r"newton_schulz: g is \(3,\)"),
+        (lambda: gk.newton_schulz(torch.arange(4).view(2, 2)), r"newton_schulz: g is \(2, 2\) torch.int64"),
+        (
+            lambda: gk.rms_norm(torch.ones(2, 3), torch.ones(3, device="meta")),
+            r"rms_norm: weight is on meta but x is on",
+        ),
+        (
+            lambda: gk.add_rms_norm(torch.ones(2, 3), torch.arange(6).view(2, 3)),
+            r"add_rms_norm: residual is torch.int64",
+        ),
+        (lambda: gk.swiglu(torch.ones(2), torch.ones(2, device="meta")), r"swiglu: up is on meta but gate is on cpu"),
+        (lambda: gk.relu2(torch.arange(3)), r"relu2: x is torch.int64; expected floating-point"),
+        (
+            lambda: gk.qk_norm_rope(*[torch.ones(9, 1, 4)] * 2, *tables(9, 2, "meta")),
+            r"qk_norm_rope: cos is on meta but q is on cpu",
+        ),
     ],
 )
 def test_errors_name_the_op_the_argument_and_both_values(call, message):

@@ -10,9 +10,9 @@ import pytest
 QUICK = "twice or empty or residual or (rope_with and bfloat16)"
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("which", [pytest.param(QUICK, id="quick"), pytest.param("", marks=pytest.mark.slow, id="all")])
 def test_the_triton_kernels_pass_the_tests_of_the_row_ops_in_the_interpreter(which):
-    pytest.importorskip("triton")
     here = Path(__file__).parent
     command = [
         sys.executable,

@@ -233,11 +233,15 @@ def test_nothing_waits_for_the_device_and_results_repeat_bitwise(normal, rng, re
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [gk.linear_cross_entropy, gk.linear_logprob])
-def test_checked_mode_names_a_target_out_of_range(monkeypatch, call):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(gk.linear_cross_entropy, "linear_cross_entropy: target"), (gk.linear_logprob, "linear_logprob: ids")],
+)
+def test_checked_mode_names_a_target_out_of_range(monkeypatch, call, name, dtype):
     monkeypatch.setenv("GHOSTVIS_CHECK", "1")
-    x, weight = (torch.ones(3, 8, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    with pytest.raises(ValueError, match=r"target holds 3, outside \[0, 3\) and not ignore_index=-100"):
+    x, weight = (torch.ones(3, 8, device="cuda", dtype=dtype) for _ in range(2))
+    with pytest.raises(ValueError, match=name + r" holds 3, outside \[0, 3\) and not ignore_index=-100"):
         call(x, weight, torch.tensor([0, 3, 1], device="cuda"))
 
 
@@ -284,6 +288,18 @@ IDS = torch.tensor([0, 1, 4])
         ),
         (lambda: gk.linear_cross_entropy(ONES, torch.ones(5, 4), IDS, return_=("acc",)), r"return_ names \['acc'\]"),
         (lambda: gk.linear_cross_entropy(ONES, torch.ones(5, 4), IDS, temperature=0.0), r"temperature is 0.0"),
+        (lambda: gk.linear_cross_entropy(ONES, torch.ones(5, 4), IDS, workspace_bytes=0), r"workspace_bytes is 0"),
+        (lambda: gk.linear_cross_entropy(ONES.int(), torch.ones(5, 4), IDS), r"x is torch.int32; expected floating"),
+        (
+            lambda: gk.linear_cross_entropy(ONES, torch.ones(5, 4, device="meta"), IDS),
+            r"linear_cross_entropy: weight is on meta but x is on cpu",
+        ),
+        (
+            lambda: gk.linear_cross_entropy(ONES, torch.ones(5, 4), IDS, token_weight=torch.ones(3, device="meta")),
+            r"token_weight is on meta but x is on cpu",
+        ),
+        (lambda: gk.linear_logprob(ONES, torch.ones(4, 4), IDS), r"linear_logprob: ids holds 4, outside \[0, 4\)"),
+        (lambda: gk.linear_logprob(ONES, torch.ones(5, 4), IDS[:2]), r"linear_logprob: ids is \(2,\).*\(3,\)"),
     ],
 )
 def test_errors_name_the_argument_and_both_values(call, message):

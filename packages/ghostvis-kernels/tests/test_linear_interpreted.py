@@ -9,10 +9,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 ALL = {"softcap": 5.0, "z_loss": 1e-2, "label_smoothing": 0.1, "temperature": 0.7, "logit_scale": 1.3}
 OPTIONS = ({}, {"softcap": 5.0}, {"z_loss": 1e-2}, {"label_smoothing": 0.2}, {"temperature": 1.7}, ALL)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_kernels_in_the_interpreter_match_the_plain_path_in_float64():
     env = {**os.environ, "TRITON_INTERPRET": "1", "GHOSTVIS_KERNELS": "triton"}
     found = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
@@ -86,6 +89,7 @@ def main() -> None:
 
     import ghostvis_kernels as gk
 
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is full of NaN: nothing may come of it
     torch.manual_seed(int(os.environ.get("GHOSTVIS_TEST_SEED", torch.seed() % 2**31)))
     print("GHOSTVIS_TEST_SEED", torch.initial_seed())
     count = 0
@@ -93,7 +97,7 @@ def main() -> None:
         check_loss(torch, gk, 97, torch.float32, options, ("mean", "none", "sum")[number % 3])
         count += 1
     for reduction, options in itertools.product(("mean", "none"), ({}, ALL)):
-        check_loss(torch, gk, 300, torch.bfloat16, options, reduction)
+        check_loss(torch, gk, 303, torch.bfloat16, options, reduction)
         count += 1
     check_loss(torch, gk, 512, torch.float32, ALL, "sum")
     for kind in ("reinforce", "grpo", "dapo", "gspo", "cispo"):

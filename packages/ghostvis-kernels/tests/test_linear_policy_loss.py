@@ -275,10 +275,14 @@ ONES, IDS, ROW = torch.ones(3, 4), torch.tensor([0, 1, 3]), torch.ones(3)
         ({"kind": "dr_grpo"}, r"kind 'dr_grpo' divides by a constant, but denom is None"),
         ({"old_logp": torch.ones(2)}, r"old_logp is \(2,\); expected \(3,\)"),
         ({"advantages": torch.ones(2)}, r"advantages is \(2,\); expected \(3,\); one per sequence needs cu_seqlens"),
-        ({"ids": torch.tensor([0, 1, 4])}, r"linear_policy_loss: target holds 4, outside \[0, 4\)"),
+        ({"ids": torch.tensor([0, 1, 4])}, r"linear_policy_loss: ids holds 4, outside \[0, 4\)"),
         ({"weight": torch.ones(4, 6)}, r"linear_policy_loss: weight \(V, D\) has D=6 but x has D=4"),
         ({"clip": (-0.1, 0.2)}, r"clip is \(-0.1, 0.2\)"),
         ({"temperature": 0.0}, r"temperature is 0.0"),
+        ({"advantages": torch.ones(3, device="meta")}, r"linear_policy_loss: advantages is on meta but x is on cpu"),
+        ({"old_logp": torch.arange(3)}, r"old_logp is torch.int64; expected floating-point"),
+        ({"cu_seqlens": torch.tensor([0, 2, 9])}, r"cu_seqlens runs \[0, 2, 9\] .. \[2, 9\] over N=3 tokens"),
+        ({"cu_seqlens": torch.tensor([0.0, 3.0])}, r"cu_seqlens is \(2,\) torch.float32; expected \(S \+ 1,\)"),
     ],
 )
 def test_errors_name_the_argument_and_both_values(change, message):

@@ -93,8 +93,8 @@ print("equal")
 """
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_the_kernel_matches_float64_under_the_interpreter(rng):
-    pytest.importorskip("triton")
     code = INTERPRETED.format(seed=rng.initial_seed())
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -34,6 +34,12 @@ CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# cuDNN plans each new shape, which holds the host for 115 ms (forward alone 43; one H200). Where B T S H h is less than
+# this, torch's flash kernel is taken, which plans nothing. With a gradient only where T and S differ, as when a step's
+# pictures vary in number: 4 of 64 queries over 576 patches, 20 heads of 64, take 53 us in place of 35. Without one,
+# because most prompts have a length of their own: 20 layers of 1,501 tokens, 10/5 heads of 128, take 1.1 ms as with
+# cuDNN, and 1.1 in place of 42 the first time; of 2,222 tokens they would take 2.2.
+UNPLANNED, UNPLANNED_FORWARD = 1 << 28, 1 << 32
 
 
 def attention(
@@ -63,8 +69,8 @@ def attention(
         scale: factor of q k^T; None is 1 / sqrt(h).
         backend: "auto"; "torch" (scaled_dot_product_attention, varlen_attn), "triton" (our kernels; packed, or as many
             keys as queries), "flash_attn" (the packages; CUDA, half precision), "reference" (explicit fp32 scores).
-            On CUDA in half precision "auto" takes flash-attn 3 or 4 if installed, else cuDNN for whole batches and
-            documents of equal length, else our kernels; `ghostvis_kernels.backends()` tells.
+            On CUDA in half precision "auto" takes flash-attn 3 or 4 if installed, else cuDNN (torch's flash where they
+            are small) for whole batches and documents of equal length, else our kernels; `backends()` tells.
 
     Under `torch.autocast` q, k and v are cast to the autocast dtype.
 
@@ -72,11 +78,12 @@ def attention(
         a tensor of q's shape and dtype. Saved for backward: what the kernel saves (q, k, v, o, a number a row).
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit, or the backend asked for cannot do this call.
+        ValueError: shapes, dtypes, devices or options do not fit, or the backend asked for cannot do this call.
     """
     _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -107,7 +114,7 @@ def _on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap: float, sc
     even = packed and plain and max_seqlen is not None and (len(cu_seqlens) - 1) * max_seqlen == len(q) and len(q) > 0
     if even and backend != "triton" and q.is_cuda:
         q, k, v = (t.unflatten(0, (-1, max_seqlen)) for t in (q, k, v))
-        return _dense(q, k, v, causal, None, scale).flatten(0, 1)
+        return _sdpa(q, k, v, None, causal, scale).flatten(0, 1)
     if backend == "triton" or (auto and half and (softcap or _prefers_ours(q, packed, window))):
         fits = takes_triton(q) and (half or not q.is_cuda) and (packed or q.shape[1] == k.shape[1])
         if fits:
@@ -122,7 +129,7 @@ def _on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap: float, sc
         return attention_reference(q, k, v, causal, window, cu_seqlens, softcap, scale)
     if packed:
         return _packed_on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, scale)
-    return _dense(q, k, v, causal, window, scale)
+    return _sdpa(q, k, v, None, causal, scale) if plain else _dense(q, k, v, causal, window, scale)
 
 
 def _takes_flash(q: Tensor, softcap: float, packed: bool) -> bool:
@@ -201,6 +208,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
     ):
         return written_out(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, scale).transpose(1, 2)
     mask = visible(tokens, keys, causal, window, None, q.device) if window is not None else None
+    if q.is_cuda and mask is not None:
+        say_once("attention: SDPA under an explicit mask (window in this dtype or backend); memory grows with T x S")
     return _sdpa(q, k, v, mask, causal and mask is None, scale)
 
 
@@ -211,7 +220,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         # The kernel for masks and fp32 (memory-efficient) takes no grouped heads: SDPA would take explicit scores.
         key, value = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for t in (key, value))
         grouped = False
-    if q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device()) and not cudnn_comes_first(q.get_device()):
+    hopper = q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device())
+    if hopper and mask is None and _not_worth_a_plan(q, k, v):
+        say_once("attention: torch's flash kernel for small shapes (cuDNN would plan each new one for 0.1 s)")
+        # Not `sdpa_kernel`, which takes 43 us of the host and changes the choice of every thread.
+        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
+    elif hopper and not cudnn_comes_first(q.get_device()):
         say_once("attention: scaled_dot_product_attention, cuDNN before flash (sm_90 or later)")
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):
             out = F.scaled_dot_product_attention(
@@ -222,6 +236,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
             say_once("attention: scaled_dot_product_attention, in torch's own order")
         out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _not_worth_a_plan(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a dense call is so small that flash is the better kernel, and one that torch's flash takes as it is."""
+    batch, tokens, heads, size = q.shape
+    if size % 8 or size > 256 or batch > 65535 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        return False
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if grad and tokens == k.shape[1]:
+        return False
+    return 0 < batch * tokens * k.shape[1] * heads * size < (UNPLANNED if grad else UNPLANNED_FORWARD)
 
 
 def _packed_on_cuda(
@@ -276,6 +301,10 @@ def _sides(causal: bool, window: int | None) -> tuple[int, int]:
 
 def _check(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, backend) -> None:
     packed = cu_seqlens is not None
+    if not q.device == k.device == v.device:
+        raise ValueError(f"attention: q is on {q.device}, k on {k.device}, v on {v.device}; move them to one device")
+    if not q.is_floating_point():  # k and v have the dtype of q: looked at behind autocast
+        raise ValueError(f"attention: q is {q.dtype}; expected floating-point numbers")
     wanted, q_shape, k_shape = 3 if packed else 4, q.shape, k.shape  # torch makes a new object at each look
     if len(q_shape) != wanted or k_shape != v.shape or len(k_shape) != wanted or q_shape[-1] != k_shape[-1]:
         layout = "(N, H, h), (N, K, h)" if packed else "(B, T, H, h), (B, S, K, h)"

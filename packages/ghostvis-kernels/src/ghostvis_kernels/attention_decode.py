@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostvis_kernels.registry import kernel_choice, register
+from ghostvis_kernels.registry import check_tensors, kernel_choice, register
 
 
 def attention_decode(
@@ -32,7 +32,7 @@ def attention_decode(
         k_cache, v_cache: [B, S, K, h], same dtype as q. Written in place at cache_len[b] .. cache_len[b] + t - 1.
         cache_len: [B] int32 or int64, tokens in each row before this call. Not changed. On CUDA the caller
             makes sure that cache_len + t <= S: looking would wait for the device.
-        k, v: [B, t, K, h] of the new tokens, or both None when they are already in the cache at these positions.
+        k, v: [B, t, K, h] of the new tokens, same dtype, or both None when the cache already holds them there.
         window: a token sees itself and the `window` - 1 tokens before it; None for all.
         scale: factor of q k^T; None is 1 / sqrt(h).
 
@@ -42,9 +42,9 @@ def attention_decode(
         [B, t, H, h] in the dtype of q.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or (on CPU) the cache is too short.
+        ValueError: shapes, dtypes or devices do not fit, or (on CPU) the cache is too short.
     """
-    _check(q, k_cache, v_cache, cache_len, k, v)
+    _check(q, k_cache, v_cache, cache_len, k, v, window)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     # On a CPU torch itself is called: the operator would cost more than a short cache takes.
     run = _op if q.is_cuda or kernel_choice() == "triton" else decode_reference
@@ -101,8 +101,12 @@ _op = register(
 )
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, k: Tensor | None, v: Tensor | None,
+    window: int | None,
+) -> None:  # fmt: skip
     op = "attention_decode"
+    check_tensors(op, ("cache_len",), q=q, k_cache=k_cache, v_cache=v_cache, cache_len=cache_len, k=k, v=v)
     if q.dim() != 4 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"{op}: q is {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; "
@@ -125,10 +129,13 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, k: Te
     for name, value in (("k", k), ("v", v)):
         if value is not None and value.shape != wanted:
             raise ValueError(f"{op}: {name} is {tuple(value.shape)}; expected (B, t, K, h) = {wanted}")
-    if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
-        raise ValueError(
-            f"{op}: q is {q.dtype} but the cache is {k_cache.dtype} and {v_cache.dtype}; expected one dtype"
-        )
+    dtypes = {
+        name: t.dtype for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)) if t is not None
+    }
+    if wrong := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype != q.dtype]:
+        raise ValueError(f"{op}: q is {q.dtype} but {', '.join(wrong)}; expected one dtype")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}; expected at least 1, or None")
     if not cache_len.is_cuda and rows and int(cache_len.max()) + new > room:
         raise ValueError(
             f"{op}: a row holds {int(cache_len.max())} tokens and gets {new} more, but the cache ends at S={room}; "

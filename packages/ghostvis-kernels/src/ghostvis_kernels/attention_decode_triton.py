@@ -6,7 +6,6 @@ The query heads that share a key head are rows of one tile, so a key is read onc
 """
 
 import math
-import os
 from functools import lru_cache
 
 import torch
@@ -15,22 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ghostvis_kernels.aot import AotCase
+from ghostvis_kernels.dot_triton import dot
 from ghostvis_kernels.tiles import early_launch
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = 1.4426950408889634
 PIECE = 128  # tokens; a shorter piece costs more in start-up and in its partial result than it saves
 LONGEST = 8192  # a longer piece would leave the other multiprocessors waiting where the rows differ in length
+CUT = 4096  # tokens of a piece where rows are cut for that: 91 us against 122 with one row of 32,000 beside 15 of 1,000
 AHEAD = 64  # tokens of a piece that the second-level cache is asked for while the kernel ahead ends
 APPENDED = 16  # up to so many new tokens a row, the kernel itself writes them into the cache
-
-
-@triton.jit
-def _dot(a, b):
-    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -69,7 +61,7 @@ def _weigh(query, key, visible, factor, best, total):
 
     Returns both, the weights of the block, and the factor by which what was summed before fades.
     """
-    score = tl.where(visible, _dot(query, tl.trans(key)) * factor, float("-inf"))
+    score = tl.where(visible, dot(query, tl.trans(key)) * factor, float("-inf"))
     higher = tl.maximum(best, tl.max(score, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet
     weight = tl.exp2(score - shift[:, None])
@@ -103,11 +95,11 @@ def decode_kernel(
     keys = k_cache + batch * kc_b + head * kc_h
     values = v_cache + batch * vc_b + head * vc_h
     if EARLY:  # launched before the kernel ahead has ended, as what follows is by this one
-        if AHEAD > 0:
+        if AHEAD > 0 and piece < few:  # the others come later, or have nothing to do
             # Volatile: past the first-level cache, which would keep a length that is about to change.
             near = tl.load(lengths + batch, volatile=True).to(tl.int32)
             near = tl.minimum(tl.maximum(near, 0), room - 1)
-            first, _ = _positions(near, new, window, row_tile, piece, pieces, GROUPS, WINDOW, BLOCK_M, BLOCK_N, PIECE)
+            first, _ = _positions(near, new, window, row_tile, piece, few, GROUPS, WINDOW, BLOCK_M, BLOCK_N, PIECE)
             _ask(keys, kc_s, first, near, SIZE, AHEAD)
             _ask(values, vc_s, first, near, SIZE, AHEAD)
         tl.extra.cuda.gdc_wait()
@@ -115,7 +107,9 @@ def decode_kernel(
 
     used = pieces
     if ROWS > 0:
-        used = _in_use(lengths, batches, pieces, few, ROWS)  # the other programs find nothing to read
+        used = _in_use(lengths, batches, pieces, few, ROWS)
+        if piece >= used:
+            return
 
     # All that the loop waits for is asked for at once.
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -149,7 +143,7 @@ def decode_kernel(
             visible = visible & (column[None, :] > (seen - window)[:, None])
         best, total, weight, fade = _weigh(query, key, visible, factor, best, total)
         value = tl.load(values + dims[None, :] + column.to(tl.int64)[:, None] * vc_s, mask=there, other=0.0)
-        mixed = mixed * fade[:, None] + _dot(weight.to(value.dtype), value)
+        mixed = mixed * fade[:, None] + dot(weight.to(value.dtype), value)
 
     if APPEND:  # noqa: SIM102, the one a constant, the other a number on the device
         # The new tokens of this piece never went through the cache, so that no program waits for its own writing.
@@ -163,7 +157,7 @@ def decode_kernel(
             if WINDOW:
                 visible = visible & (place[None, :] > (seen - window)[:, None])
             best, total, weight, fade = _weigh(query, fresh_key, visible, factor, best, total)
-            mixed = mixed * fade[:, None] + _dot(weight.to(fresh_value.dtype), fresh_value)
+            mixed = mixed * fade[:, None] + dot(weight.to(fresh_value.dtype), fresh_value)
 
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     if SPLIT:
@@ -228,7 +222,7 @@ def decode(
     tiles = triton.cdiv(new * groups, block_m)
     pairs, multiprocessors = batch * kv_heads * tiles, _multiprocessors(q.device)
     few = _pieces(pairs, room, multiprocessors)
-    pieces = max(few, min(128, triton.cdiv(room, LONGEST)))
+    pieces = few if few * LONGEST >= room else max(few, min(128, triton.cdiv(room, CUT)))
     each_row = triton.next_power_of_2(batch) if pieces > few else 0
     partial, lse = out, out  # not written
     if pieces > 1:

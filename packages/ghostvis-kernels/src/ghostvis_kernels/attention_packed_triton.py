@@ -8,7 +8,6 @@ A row is a query token, a column a key token. Backward: dK and dV by tiles of co
 in a fixed order.
 """
 
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ghostvis_kernels.aot import AotCase
+from ghostvis_kernels.dot_triton import dot
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -40,19 +39,6 @@ QUERIES = Tile(64, 64, 4, 2)
 KEYS_BY_POINTER, QUERIES_BY_POINTER = Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)
 LARGE_HEADS = Tile(32, 64, 8, 1)  # beyond 128
 SINGLE = Tile(32, 32, 4, 1)  # fp32, without tensor cores
-
-
-@triton.jit
-def _dot(a, b, total):
-    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _product(a, b, M: tl.constexpr, N: tl.constexpr):
-    return _dot(a, b, tl.zeros((M, N), tl.float32))
 
 
 @triton.jit
@@ -157,7 +143,7 @@ def forward_kernel(
     mixed = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for place in range(lo, hi, BLOCK_N):
         key = _rows(k, place, head // GROUPS, k_n, k_h, tokens, TMA, SIZE, BLOCK_N, BLOCK_H)
-        score, _ = _capped(_product(query, tl.trans(key), BLOCK_M, BLOCK_N), factor, cap, SOFTCAP)
+        score, _ = _capped(dot(query, tl.trans(key)), factor, cap, SOFTCAP)
         if (place < a) | (place >= b):
             column = place + tl.arange(0, BLOCK_N)
             seen = _sees(row[:, None], column[None, :], start[:, None], end[:, None], window, CAUSAL, WINDOW)
@@ -168,7 +154,7 @@ def forward_kernel(
         fade = tl.exp2(best - shift)
         total = total * fade + tl.sum(weight, 1)
         value = _rows(v, place, head // GROUPS, v_n, v_h, tokens, TMA, SIZE, BLOCK_N, BLOCK_H)
-        mixed = _dot(weight.to(value.dtype), value, mixed * fade[:, None])
+        mixed = dot(weight.to(value.dtype), value, mixed * fade[:, None])
         best = higher
     total = tl.where(row < tokens, total, 1.0)
     tl.store(lse + head.to(tl.int64) * tokens + row, (best + tl.log2(total)) / _LOG2_E, mask=row < tokens)
@@ -216,7 +202,7 @@ def keys_kernel(
             row = place + tl.arange(0, BLOCK_M)
             beside = head.to(tl.int64) * tokens + row
             query = _rows(q, place, head, q_n, q_h, tokens, TMA, SIZE, BLOCK_M, BLOCK_H)
-            score = _product(key, tl.trans(query), BLOCK_N, BLOCK_M)
+            score = dot(key, tl.trans(query))
             score, bent = _capped(score, factor, cap, SOFTCAP)
             norm = tl.load(lse + beside, mask=row < tokens, other=0.0) * _LOG2_E
             weight = tl.exp2(score - norm[None, :])
@@ -226,12 +212,12 @@ def keys_kernel(
                 seen = _sees(row[None, :], column[:, None], start[None, :], end[None, :], window, CAUSAL, WINDOW)
                 weight = tl.where(seen, weight, 0.0)
             upstream = _rows(grad, place, head, g_n, g_h, tokens, TMA, SIZE, BLOCK_M, BLOCK_H)
-            dv = _dot(weight.to(upstream.dtype), upstream, dv)
-            slope = _product(value, tl.trans(upstream), BLOCK_N, BLOCK_M)
+            dv = dot(weight.to(upstream.dtype), upstream, dv)
+            slope = dot(value, tl.trans(upstream))
             slope = weight * (slope - tl.load(delta + beside, mask=row < tokens, other=0.0)[None, :])
             if SOFTCAP:
                 slope = slope * (1.0 - bent * bent)
-            dk = _dot(slope.to(query.dtype), query, dk)
+            dk = dot(slope.to(query.dtype), query, dk)
     dim = tl.arange(0, BLOCK_H)
     place = (column.to(tl.int64) * kv_heads + kv_head)[:, None] * SIZE + dim[None, :]
     inside = (column < tokens)[:, None] & (dim < SIZE)[None, :]
@@ -262,7 +248,7 @@ def queries_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for place in range(lo, hi, BLOCK_N):
         key = _rows(k, place, head // GROUPS, k_n, k_h, tokens, TMA, SIZE, BLOCK_N, BLOCK_H)
-        score = _product(query, tl.trans(key), BLOCK_M, BLOCK_N)
+        score = dot(query, tl.trans(key))
         score, bent = _capped(score, factor, cap, SOFTCAP)
         weight = tl.exp2(score - norm[:, None])
         if (place < a) | (place >= b):
@@ -270,11 +256,11 @@ def queries_kernel(
             seen = _sees(row[:, None], column[None, :], start[:, None], end[:, None], window, CAUSAL, WINDOW)
             weight = tl.where(seen, weight, 0.0)
         value = _rows(v, place, head // GROUPS, v_n, v_h, tokens, TMA, SIZE, BLOCK_N, BLOCK_H)
-        slope = _product(upstream, tl.trans(value), BLOCK_M, BLOCK_N)
+        slope = dot(upstream, tl.trans(value))
         slope = weight * (slope - sums[:, None])
         if SOFTCAP:
             slope = slope * (1.0 - bent * bent)
-        dq = _dot(slope.to(key.dtype), key, dq)
+        dq = dot(slope.to(key.dtype), key, dq)
     dim = tl.arange(0, BLOCK_H)
     place = (row.to(tl.int64) * heads + head)[:, None] * SIZE + dim[None, :]
     inside = (row < tokens)[:, None] & (dim < SIZE)[None, :]

@@ -125,7 +125,7 @@ def _on_cuda(choice: str, triton: str) -> dict[str, str]:
     because = "" if ours else f" (GHOSTVIS_KERNELS={choice}, sm_{major}{minor}, triton {triton})"
     flash, varlen, cudnn = find_flash(device), find_varlen_attention(), major >= 9
     varlen_name = "torch varlen_attn" if varlen.there else "SDPA under a document mask"
-    dense = "SDPA, cuDNN first" if cudnn else "SDPA, flash"
+    dense = "SDPA, cuDNN first, flash for small shapes" if cudnn else "SDPA, flash"
     packed = "Triton; documents of equal length as a batch by cuDNN" if ours and cudnn else varlen_name
     if flash.name and choice != "ref" and (flash.name != "flash-attn 2" or not cudnn):
         dense = packed = flash.name

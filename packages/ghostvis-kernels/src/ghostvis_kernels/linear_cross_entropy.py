@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostvis_kernels.linear_cross_entropy_chunks import Needs, Options, chunked_backward, chunked_forward
-from ghostvis_kernels.registry import check_distributed, register, triton_path
+from ghostvis_kernels.registry import check_tensors, register, triton_path
 
 AUX = ("lse", "entropy", "argmax")
 REDUCTIONS = ("mean", "sum", "none")
@@ -275,7 +275,7 @@ def linear_cross_entropy(
         the loss in fp32 (fp64 for fp64 input); with `return_`, (loss, {name: tensor}).
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit, or (on CPU) a target is out of range.
+        ValueError: shapes, dtypes, devices or options do not fit, or (on CPU) a target is out of range.
     """
     check_shapes("linear_cross_entropy", x, weight, target, bias)
     grad_on = torch.is_grad_enabled()
@@ -285,7 +285,7 @@ def linear_cross_entropy(
     workspace = workspace_for(x, weight) if workspace_bytes is None else workspace_bytes
     numbers = (softcap, z_loss, label_smoothing, temperature, logit_scale)
     options = Options(ignore_index, reduction, *numbers, workspace, " ".join(return_))
-    _check(token_weight, x.shape[0], options)
+    _check(x, token_weight, options)
     loss, *aux = _LinearCrossEntropy.apply(x, weight, bias, target, token_weight, options, needs)
     if not return_:
         return loss
@@ -302,25 +302,36 @@ def workspace_for(x: Tensor, weight: Tensor) -> int:
     return min(max(8192 * weight.shape[0] * x.element_size(), 1 << 30), 2 << 30)
 
 
-def check_shapes(op: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+def check_shapes(
+    op: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, target_name: str = "target"
+) -> None:
     """Raise ValueError unless x is [N, D], weight [V, D], target [N] int64 and bias [V] or None, all on one device."""
-    check_distributed(op, x=x, weight=weight, target=target, bias=bias)
+    check_tensors(op, (target_name,), x=x, weight=weight, bias=bias, **{target_name: target})
     if x.dim() != 2 or weight.dim() != 2:
         raise ValueError(f"{op}: x is {tuple(x.shape)} and weight is {tuple(weight.shape)}; expected (N, D) and (V, D)")
     rows, vocabulary = x.shape[0], weight.shape[0]
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: weight (V, D) has D={weight.shape[1]} but x has D={x.shape[1]}")
     if target.shape != (rows,) or target.dtype != torch.int64:
-        raise ValueError(f"{op}: target is {tuple(target.shape)} {target.dtype}; expected ({rows},) torch.int64")
+        raise ValueError(f"{op}: {target_name} is {tuple(target.shape)} {target.dtype}; expected ({rows},) torch.int64")
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"{op}: bias is {tuple(bias.shape)}; expected ({vocabulary},)")
-    for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}; move them to one device")
 
 
-def _check(token_weight: Tensor | None, rows: int, options: Options) -> None:
-    op = "linear_cross_entropy"
+def check_numbers(op: str, temperature: float, softcap: float, workspace_bytes: int | None) -> None:
+    """Raise ValueError for numbers that make no loss."""
+    if temperature <= 0:
+        raise ValueError(f"{op}: temperature is {temperature}; expected a number above 0")
+    if softcap < 0:
+        raise ValueError(f"{op}: softcap is {softcap}; expected a positive cap, or 0 for none")
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"{op}: workspace_bytes is {workspace_bytes}; expected a positive number, or None")
+
+
+def _check(x: Tensor, token_weight: Tensor | None, options: Options) -> None:
+    op, rows = "linear_cross_entropy", x.shape[0]
+    check_tensors(op, ("token_weight",), x=x, token_weight=token_weight)
+    check_numbers(op, options.temperature, options.softcap, options.workspace_bytes)
     if token_weight is not None and token_weight.shape != (rows,):
         raise ValueError(f"{op}: token_weight is {tuple(token_weight.shape)}; expected ({rows},)")
     if token_weight is not None and token_weight.requires_grad:
@@ -329,9 +340,5 @@ def _check(token_weight: Tensor | None, rows: int, options: Options) -> None:
         raise ValueError(f"{op}: reduction is {options.reduction!r}; expected one of {REDUCTIONS}")
     if unknown := [name for name in options.aux.split() if name not in AUX]:
         raise ValueError(f"{op}: return_ names {unknown}; expected names from {AUX}")
-    if options.temperature <= 0:
-        raise ValueError(f"{op}: temperature is {options.temperature}; expected a number above 0")
     if not 0 <= options.label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing is {options.label_smoothing}; expected 0 <= s < 1")
-    if options.softcap < 0:
-        raise ValueError(f"{op}: softcap is {options.softcap}; expected a positive cap, or 0 for none")

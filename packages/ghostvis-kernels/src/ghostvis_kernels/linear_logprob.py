@@ -6,9 +6,11 @@
 Shape letters: N tokens, D model width, V vocabulary.
 """
 
+import torch
 from torch import Tensor
 
-from ghostvis_kernels.linear_cross_entropy import linear_cross_entropy
+from ghostvis_kernels.linear_cross_entropy import check_numbers, check_shapes, linear_cross_entropy
+from ghostvis_kernels.linear_cross_entropy_chunks import check_targets
 
 
 def linear_logprob(
@@ -41,6 +43,11 @@ def linear_logprob(
     Raises:
         ValueError: as `linear_cross_entropy`.
     """
+    op = "linear_logprob"  # what follows would speak of a target
+    check_shapes(op, x, weight, ids, bias, "ids")
+    check_numbers(op, temperature, softcap, workspace_bytes)
+    if not torch.compiler.is_compiling():
+        check_targets(ids, ignore_index, weight.shape[0], op, "ids")
     return -linear_cross_entropy(
         x, weight, ids, bias, ignore_index=ignore_index, reduction="none", softcap=softcap, temperature=temperature,
         logit_scale=logit_scale, workspace_bytes=workspace_bytes,

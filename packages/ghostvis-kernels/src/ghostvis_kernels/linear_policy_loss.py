@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghostvis_kernels.linear_cross_entropy import check_shapes, scale_cast, workspace_for
+from ghostvis_kernels.linear_cross_entropy import check_numbers, check_shapes, scale_cast, workspace_for
 from ghostvis_kernels.linear_cross_entropy_chunks import (
     Needs,
     Options,
+    check_targets,
     chunked_backward,
     chunked_forward,
-    require_in_range,
 )
-from ghostvis_kernels.registry import register, triton_path
+from ghostvis_kernels.registry import check_tensors, looks_at_numbers, register, triton_path
 
 KINDS = ("reinforce", "grpo", "dapo", "dr_grpo", "gspo", "cispo")
 FURTHEST = 20.0  # largest difference of log-probabilities that enters an exponential
@@ -112,6 +112,7 @@ def prepare(
     share, sequence = mask.to(dtype), None
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.long()
+        _check_bounds(cu_seqlens, mask.shape[0])
         place = torch.arange(mask.shape[0], device=mask.device)
         sequence = torch.bucketize(place, cu_seqlens[1:], right=True).clamp_(max=cu_seqlens.shape[0] - 2)
         if advantages.shape != mask.shape:
@@ -126,6 +127,16 @@ def prepare(
     old_logp, advantages = (t.to(dtype).contiguous() for t in (old_logp, advantages))
     ref_logp = None if ref_logp is None else ref_logp.to(dtype).contiguous()
     return Batch(ids, old_logp, advantages, share.to(dtype), ref_logp, cu_seqlens, sequence)
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    if looks_at_numbers(cu_seqlens) and not (
+        cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens and (cu_seqlens.diff() >= 0).all()
+    ):
+        raise ValueError(
+            f"linear_policy_loss: cu_seqlens runs {cu_seqlens[:3].tolist()} .. {cu_seqlens[-2:].tolist()} over "
+            f"N={tokens} tokens; expected ascending bounds from 0 to N"
+        )
 
 
 def _sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -150,8 +161,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
     """Two passes of the chunk loop: log-probabilities first, then the gradients they call for."""
     tokens, policy, options, needs = unpack(*rest)
     batch = prepare(torch.promote_types(x.dtype, torch.float32), policy.kind, *tokens)
-    if not x.is_cuda:
-        require_in_range(batch.ids, options.ignore_index, weight.shape[0], "linear_policy_loss")
+    check_targets(batch.ids, options.ignore_index, weight.shape[0], "linear_policy_loss", "ids")
     inputs = (x, weight, bias, batch.ids, None)
     negative, _, _, _, _, lse, entropy, _ = chunked_forward(*inputs, options, needs)
     sums, grad = all_terms(-negative, entropy, batch, policy)
@@ -257,10 +267,12 @@ def linear_policy_loss(
         (of the final softmax, nats), "logp", "kl" (k3 to ref_logp, 0 without), and "tokens", their number.
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit; on CPU (on CUDA under GHOSTVIS_CHECK=1) an id out of range.
+        ValueError: shapes, dtypes, devices or options do not fit; on CPU (on CUDA under GHOSTVIS_CHECK=1) an id is out
+            of range or cu_seqlens does not run from 0 to N.
     """
-    check_shapes("linear_policy_loss", x, weight, ids, bias)
-    _check(x, old_logp, advantages, mask, ref_logp, kind, clip, denom, cu_seqlens, temperature, softcap)
+    check_shapes("linear_policy_loss", x, weight, ids, bias, "ids")
+    check_numbers("linear_policy_loss", temperature, softcap, workspace_bytes)
+    _check(x, old_logp, advantages, mask, ref_logp, kind, clip, denom, cu_seqlens)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -286,10 +298,12 @@ def _check(
     clip: tuple[float, float],
     denom: Tensor | float | None,
     cu_seqlens: Tensor | None,
-    temperature: float,
-    softcap: float,
 ) -> None:
     op, tokens = "linear_policy_loss", (x.shape[0],)
+    check_tensors(
+        op, ("mask", "cu_seqlens"), x=x, old_logp=old_logp, advantages=advantages, mask=mask, ref_logp=ref_logp,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     if kind not in KINDS:
         raise ValueError(f"{op}: kind is {kind!r}; expected one of {KINDS}")
     for name, tensor in (("old_logp", old_logp), ("mask", mask), ("ref_logp", ref_logp)):
@@ -297,8 +311,13 @@ def _check(
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; expected {tokens}, one per row of x")
     if kind in ("grpo", "gspo") and cu_seqlens is None:
         raise ValueError(f"{op}: kind {kind!r} averages over sequences, but cu_seqlens is None; pass their bounds")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
-        raise ValueError(f"{op}: cu_seqlens is {tuple(cu_seqlens.shape)}; expected (S + 1,), S at least 1")
+    if cu_seqlens is not None and (
+        cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"{op}: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; expected (S + 1,) of int32 or int64, "
+            "S at least 1"
+        )
     shapes = [tokens] if cu_seqlens is None else [tokens, (cu_seqlens.shape[0] - 1,)]
     if tuple(advantages.shape) not in shapes:
         wanted = " or ".join(map(str, shapes))
@@ -310,5 +329,3 @@ def _check(
         )
     if min(clip) < 0:
         raise ValueError(f"{op}: clip is {clip}; expected offsets from 1 that are not negative, as (0.2, 0.28)")
-    if temperature <= 0 or softcap < 0:
-        raise ValueError(f"{op}: temperature is {temperature} and softcap {softcap}; expected > 0 and >= 0")

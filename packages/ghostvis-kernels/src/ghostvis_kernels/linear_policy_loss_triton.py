@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ghostvis_kernels.aot import AotCase
-from ghostvis_kernels.linear_cross_entropy_chunks import Gradients, Needs, Options
+from ghostvis_kernels.linear_cross_entropy_chunks import Gradients, Needs, Options, check_targets
 from ghostvis_kernels.linear_cross_entropy_triton import (
     backward,
-    check_targets,
     logit_chunks,
     row_config,
     row_statistics,
@@ -56,7 +55,8 @@ def policy_kernel(
     if share > 0:
         lse2, entropy, _, _ = row_statistics(Z, BIAS, V, width, a, b, CAP, True, False, False, BLOCK, VEC)
         target = tl.load(IDS + row).to(tl.int32)
-        logp = (target_logit(Z, BIAS, target, a, b, CAP) - lse2) * LN2
+        chosen, bent = target_logit(Z, BIAS, target, a, b, CAP)
+        logp = (chosen - lse2) * LN2
         advantage = tl.load(ADVANTAGE + row)
         cut_low, cut_high = 0.0, 0.0
         if KIND == "reinforce":
@@ -94,8 +94,7 @@ def policy_kernel(
         tl.store(SUMS + 7, 1.0)
         if GRAD:
             factor = -slope * share * k
-            tl.debug_barrier()  # every thread has read the logit of the target before one overwrites it
-            write_slope(Z, BIAS, target, V, width, a, b, lse2, factor, 0.0, factor, CAP, BLOCK, VEC)
+            write_slope(Z, BIAS, target, chosen, bent, V, width, a, b, lse2, factor, 0.0, factor, CAP, BLOCK, VEC)
     else:
         tl.store(SUMS + tl.arange(0, 8), tl.zeros([8], tl.float32))
         if GRAD:
@@ -106,7 +105,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple
     """(sums [8] in the order of STATISTICS, gradients of x, weight and bias for a gradient of 1)."""
     tokens, policy, options, needs = unpack(*rest)
     batch = prepare(torch.float32, policy.kind, *tokens)
-    check_targets(batch.ids, options.ignore_index, weight.shape[0], "linear_policy_loss")
+    check_targets(batch.ids, options.ignore_index, weight.shape[0], "linear_policy_loss", "ids")
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     if policy.kind == "gspo":
         return _by_sequence(x, weight, bias, batch, policy, options, needs)

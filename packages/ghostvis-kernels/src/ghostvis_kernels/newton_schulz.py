@@ -52,12 +52,12 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
         the smaller side of the matrix. Not differentiable. An all-zero matrix gives zeros.
 
     Raises:
-        ValueError: g has fewer than two dimensions, or steps is not 1 to 5.
+        ValueError: g has fewer than two dimensions or holds integers, or steps is not 1 to 5.
     """
     if not 1 <= steps <= len(COEFFICIENTS):
         raise ValueError(f"newton_schulz: steps is {steps}; expected 1 to {len(COEFFICIENTS)}")
-    if g.dim() < 2:
-        raise ValueError(f"newton_schulz: g is {tuple(g.shape)}; expected [..., m, n]")
+    if g.dim() < 2 or not g.is_floating_point():
+        raise ValueError(f"newton_schulz: g is {tuple(g.shape)} {g.dtype}; expected floating-point [..., m, n]")
     with torch.no_grad():
         if g.device.type == "cpu" and kernel_choice() != "triton":
             return newton_schulz_reference(g, steps, cpu_dtype())  # the operator costs 6 us

@@ -7,7 +7,6 @@ makes, and as exact (error against float64 of 256 x 1024 Gaussian matrices 4.9e-
 Tall matrices use X^T X and X times the polynomial, so that nothing is transposed.
 """
 
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,9 +17,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ghostvis_kernels.aot import AotCase
+from ghostvis_kernels.dot_triton import dot
 from ghostvis_kernels.newton_schulz import COEFFICIENTS
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 CHUNKS = 256  # parts of a matrix whose squares are summed apart, in a fixed order
 BLOCK = 4096  # elements of a row-wise program
 
@@ -35,14 +34,6 @@ class Tile(NamedTuple):
 # One H200, 20 matrices 1280 x 1280: 0.090 ms, 128 x 256 tiles 0.159, bmm 0.121. A fourth stage wins 7 % at n = 8192.
 BY_TMA = Tile(128, 64, 4, 3)
 BY_POINTER = Tile(128, 32, 8, 3)  # before sm_90, or rows that are no multiple of 16 bytes
-
-
-@triton.jit
-def _dot(a, b, total):
-    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -83,7 +74,7 @@ def symmetric_kernel(
             left, right = row[:, None] * x_row + inner[None, :], column[None, :] * x_row + inner[:, None]
         a = tl.load(x + left, mask=(row < side)[:, None] & (inner < long)[None, :], other=0.0)
         b = tl.load(x + right, mask=(inner < long)[:, None] & (column < side)[None, :], other=0.0)
-        total = _dot(a, b, total)
+        total = dot(a, b, total)
     inside = (row < side)[:, None] & (column < side)[None, :]
     place = batch.to(tl.int64) * out_batch + row[:, None] * out_row + column[None, :]
     plus = total
@@ -112,7 +103,7 @@ def symmetric_tma_kernel(
         else:
             a = left.load([batch, row, start]).reshape(SIDE, INNER)
             b = tl.trans(right.load([batch, column, start]).reshape(SIDE, INNER))
-        total = _dot(a, b, total)
+        total = dot(a, b, total)
     plus = total
     if ADD:
         plus = added.load([batch, row, column]).reshape(SIDE, SIDE)

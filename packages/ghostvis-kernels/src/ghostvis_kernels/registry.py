@@ -105,17 +105,34 @@ def stays_plain(x: Tensor) -> bool:
     return x.device.type == "cpu" and kernel_choice() != "triton"
 
 
+def looks_at_numbers(x: Tensor) -> bool:
+    """Whether targets and bounds are looked at: on CUDA that waits for the device, so only under GHOSTVIS_CHECK=1."""
+    return not x.is_cuda or os.environ.get("GHOSTVIS_CHECK") == "1"
+
+
 def skips_operator(x: Tensor) -> bool:
     """Whether a call may go straight to the plain path: the dispatcher's 6 us are a third of a short norm on a CPU."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and kernel_choice() != "triton"
 
 
-def check_distributed(op: str, **tensors: Tensor | None) -> None:
-    """Raise where DTensors and plain tensors are mixed, as by a head weight used outside the module that FSDP2 manages.
+def check_tensors(op: str, integers: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
+    """Raise where tensors lie on two devices, one not named in `integers` holds no floating-point numbers, or DTensors
+    and plain tensors are mixed, as by a head weight used outside the module that FSDP2 manages.
 
     Raises:
-        TypeError: names the op and both sides.
+        ValueError: names the op, the tensor, what it is and what was wanted.
+        TypeError: for the mixture; names the op and both sides.
     """
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first} is on {device}; move them to one device")
+        if not tensor.is_floating_point() and name not in integers:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}; expected floating-point numbers")
     if torch.compiler.is_compiling() or "torch.distributed.tensor" not in sys.modules:
         return
     from torch.distributed.tensor import DTensor

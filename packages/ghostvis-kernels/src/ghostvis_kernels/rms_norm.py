@@ -9,7 +9,7 @@ reciprocal root per row. CUDA: `rms_norm_triton.py`, for D up to 16,384. Shape l
 import torch
 from torch import Tensor
 
-from ghostvis_kernels.registry import check_distributed, like, register, skips_operator, triton_path, weight_like
+from ghostvis_kernels.registry import check_tensors, like, register, skips_operator, triton_path, weight_like
 
 
 def rms_norm_reference(
@@ -177,9 +177,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, zero_ce
         [..., D] in the dtype of x, contiguous.
 
     Raises:
-        ValueError: weight is not of shape [D].
+        ValueError: weight is not of shape [D] or not on the device of x, or one of them holds integers.
         TypeError: one of x and weight is a DTensor and the other is not.
     """
+    check_tensors("rms_norm", x=x, weight=weight)
     _check("rms_norm", x, weight)
     return _RMSNorm.apply(x, weight, eps, zero_centered)
 
@@ -198,20 +199,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None = None, eps:
         gradients of x and residual are one and the same tensor where their dtypes are equal.
 
     Raises:
-        ValueError: shapes of x and residual differ, or weight is not of shape [D].
+        ValueError: shapes of x and residual differ, weight is not of shape [D], or devices or dtypes do not fit.
         TypeError: some of x, residual and weight are DTensors and others are not.
     """
     if x.shape != residual.shape:
         raise ValueError(
             f"add_rms_norm: x is {tuple(x.shape)} but residual is {tuple(residual.shape)}; shapes must be equal"
         )
+    check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     _check("add_rms_norm", x, weight)
-    check_distributed("add_rms_norm", x=x, residual=residual)
     return _AddRMSNorm.apply(x, residual, weight, eps)
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None) -> None:
-    check_distributed(op, x=x, weight=weight)
     if x.dim() == 0:
         raise ValueError(f"{op}: x is a scalar; expected [..., D]")
     if weight is not None and weight.shape != x.shape[-1:]:

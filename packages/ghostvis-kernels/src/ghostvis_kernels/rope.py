@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghostvis_kernels.registry import (
-    check_distributed,
+    check_tensors,
     like,
     register,
     skips_operator,
@@ -208,14 +208,14 @@ def rope(
         q: [..., T, H, h], for example (B, T, H, h) or packed (N, H, h).
         k: [..., T, K, h].
         cos, sin: [T_max, h/2] fp32, row p holds the angles of position p.
-        position_ids: integer, broadcastable to [..., T]; None means 0 .. T-1.
+        position_ids: int32 or int64, broadcastable to [..., T]; None means 0 .. T-1.
         interleaved: pair neighbours instead of halves.
 
     Returns:
         (q, k) turned, in their own dtypes; new tensors.
 
     Raises:
-        ValueError: shapes do not fit, or T is longer than the tables. Positions outside the tables:
+        ValueError: shapes, dtypes or devices do not fit, or T is longer than the tables. Positions outside the tables:
             IndexError on a CPU, NaN on CUDA, where nothing waits for the device.
     """
     cos, sin, position_ids = _tables("rope", q, k, cos, sin, position_ids)
@@ -251,7 +251,7 @@ def qk_norm_rope(
         ValueError: as in `rope`, or a weight is not of shape [h].
     """
     cos, sin, position_ids = _tables("qk_norm_rope", q, k, cos, sin, position_ids)
-    check_distributed("qk_norm_rope", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+    check_tensors("qk_norm_rope", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and weight.shape != q.shape[-1:]:
             raise ValueError(f"qk_norm_rope: {name} is {tuple(weight.shape)}; expected ({q.shape[-1]},), the head size")
@@ -262,6 +262,7 @@ def _tables(
     op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked tables and positions; on a CPU the rows of each token instead, picked once for forward and backward."""
+    check_tensors(op, ("position_ids",), q=q, k=k, cos=cos, sin=sin, position_ids=position_ids)
     if q.dim() < 3 or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"{op}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; expected [..., T, H, h] and [..., T, K, h]"
@@ -278,6 +279,14 @@ def _tables(
             raise ValueError(
                 f"{op}: q has T={tokens} tokens but the tables hold {cos.shape[0]} positions; build longer tables"
             )
-    elif stays_plain(q):
+        return cos, sin, None
+    ids, tokens = position_ids.shape, q.shape[:-2]
+    fits = len(ids) <= len(tokens) and all(a in (1, b) for a, b in zip(reversed(ids), reversed(tokens), strict=False))
+    if not fits or position_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{op}: position_ids is {tuple(ids)} {position_ids.dtype}; "
+            f"expected int32 or int64 broadcastable to {tuple(tokens)}, the [..., T] of q"
+        )
+    if stays_plain(q):
         return cos[position_ids], sin[position_ids], None
     return cos, sin, position_ids

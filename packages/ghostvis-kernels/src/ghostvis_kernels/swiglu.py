@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostvis_kernels.registry import check_distributed, like, register, stays_plain, triton_path
+from ghostvis_kernels.registry import check_tensors, like, register, stays_plain, triton_path
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -123,10 +123,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         [..., F] in the dtype of gate. Saved for backward: gate and up alone (on a CPU silu(gate) as well).
 
     Raises:
-        ValueError: shapes or dtypes differ.
+        ValueError: shapes, dtypes or devices differ, or they hold integers.
         TypeError: one of the two is a DTensor and the other is not.
     """
-    check_distributed("swiglu", gate=gate, up=up)
+    check_tensors("swiglu", gate=gate, up=up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"swiglu: gate is {tuple(gate.shape)} {gate.dtype} but up is {tuple(up.shape)} {up.dtype}; "
@@ -147,12 +147,11 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
         [..., F].
 
     Raises:
-        ValueError: the last dimension is odd.
+        ValueError: the last dimension is odd, or gate_up holds integers.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"swiglu_packed: the last dimension of gate_up is {gate_up.shape[-1]}; expected an even number (gate, up)"
-        )
+    check_tensors("swiglu_packed", gate_up=gate_up)
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu_packed: gate_up is {tuple(gate_up.shape)}; expected [..., 2F], gate and up")
     if stays_plain(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -167,5 +166,9 @@ def relu2(x: Tensor) -> Tensor:
 
     Returns:
         the shape and dtype of x. Saved for backward: x.
+
+    Raises:
+        ValueError: x holds integers.
     """
+    check_tensors("relu2", x=x)
     return F.relu(x).square() if stays_plain(x) else _ReLU2.apply(x)

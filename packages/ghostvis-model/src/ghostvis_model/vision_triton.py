@@ -8,7 +8,6 @@ Shape letters: I images, P patches of a side, p pixels of a patch's side, T toke
 images), W vision width, H heads, h head size.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ghostvis_kernels.aot import AotCase
+from ghostvis_kernels.dot_triton import dot
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = 1.4426950408889634
 
 # One H200, R 36,864, W 1024: 0.045 ms (3.35 TB/s) with 4 rows and 4 warps; 0.048 with 2 rows, 0.059 with 1, 0.053 and
@@ -77,14 +76,6 @@ def patches_kernel(
 
 
 @triton.jit
-def _dot(a, b, total):
-    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
 def _tokens(base, start, T: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, MASK: tl.constexpr):
     """[ROWS, SIZE] queries, keys or values of one head from token `start`; zero behind the last of T."""
     row = start + tl.arange(0, ROWS)
@@ -101,12 +92,12 @@ def _step(
 ):  # fmt: skip
     """ROWS keys more; `shift` is taken off the scores of each query."""
     key = _tokens(keys, start, T, W, SIZE, ROWS, MASK)
-    score = _dot(query, tl.trans(key), tl.zeros((query.shape[0], ROWS), tl.float32))
+    score = dot(query, tl.trans(key))
     weight = tl.exp2(score * factor - shift[:, None])
     if MASK:
         weight = tl.where((start + tl.arange(0, ROWS) < T)[None, :], weight, 0.0)
     value = _tokens(keys + W, start, T, W, SIZE, ROWS, MASK)
-    return total + tl.sum(weight, 1), _dot(weight.to(value.dtype), value, mixed)
+    return total + tl.sum(weight, 1), dot(weight.to(value.dtype), value, mixed)
 
 
 @triton.jit
@@ -115,9 +106,7 @@ def _highest(
     T: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The highest score of each query so far, ROWS keys more."""
-    score = _dot(
-        query, tl.trans(_tokens(keys, start, T, W, SIZE, ROWS, True)), tl.zeros((query.shape[0], ROWS), tl.float32)
-    )
+    score = dot(query, tl.trans(_tokens(keys, start, T, W, SIZE, ROWS, True)))
     score = tl.where((start + tl.arange(0, ROWS) < T)[None, :], score * factor, float("-inf"))
     return tl.maximum(best, tl.max(score, 1))
 
