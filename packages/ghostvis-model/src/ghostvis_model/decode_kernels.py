@@ -287,8 +287,8 @@ def out_kernel(
 ):  # fmt: skip
     """stream [N] += w [N, H h] a (+ bias), a [H h] being attention's pieces added up, AT_ONCE in one go.
 
-    Every program adds them up for itself. A last piece that does it in the kernel before needs a fence, a counter and
-    a load, one behind the other while weights keep the memory busy: 4.6 us of a layer's 18, against some 0.4 here.
+    Every program adds them up for itself, for 0.1 us a layer of d20 and six pieces. A last piece that does it in the
+    kernel before needs a fence, a counter and a load, one behind the other while weights keep the memory busy: 4.6 us.
     """
     _launch_next(PDL)
     first = tl.program_id(0) * W
