@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import tomllib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -123,15 +124,20 @@ def test_progress_is_told_and_its_exception_ends_the_training() -> None:
 
 
 def test_control_c_ends_the_training() -> None:
-    def endless():
-        while True:
+    def long():
+        started = time.monotonic()
+        while time.monotonic() < started + 60:
             yield "the cat sat on the mat"
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        ghostvis_bpe.train(endless(), 300)
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ghostvis_bpe.train(long(), 300)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_exception_of_the_iterator_comes_through() -> None:
