@@ -119,6 +119,14 @@ def random_model(text, dtype):
     return model.to("cuda", dtype)
 
 
+def fill_alike(a, b, start):
+    """Two rows of the same random keys and values, `start` tokens long, about to read token 7."""
+    for ours, theirs in ((a.cache.keys, b.cache.keys), (a.cache.values, b.cache.values)):
+        theirs.copy_(ours.normal_())
+    for rows in (a, b):
+        rows.cache.lengths[:], rows.active[:], rows.tokens[:] = start, 1, 7
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("int8", [False, True])
 @torch.inference_mode()
@@ -133,12 +141,7 @@ def test_the_fused_step_is_the_decoders_step(shape, int8):
     assert fused.why_not_fused is None
     a, b = (Rows(model, 1, 1024, [5]) for _ in range(2))
     for start in (0, 1, 63, 64, 65, 300, 700, 1000):
-        a.cache.keys.normal_()
-        a.cache.values.normal_()
-        b.cache.keys.copy_(a.cache.keys)
-        b.cache.values.copy_(a.cache.values)
-        for rows in (a, b):
-            rows.cache.lengths[:], rows.active[:], rows.tokens[:] = start, 1, 7
+        fill_alike(a, b, start)
         c = Rows(wide, 1, 1024, [5])
         c.cache.keys.copy_(a.cache.keys)
         c.cache.values.copy_(a.cache.values)
@@ -170,12 +173,7 @@ def test_the_fused_step_reads_a_long_cache(start):
     plain = DecodeStep(model, graphs=False, fused=False)
     fused = DecodeStep(model, graphs=False)
     a, b = (Rows(model, 1, 16_384, [5]) for _ in range(2))
-    a.cache.keys.normal_()
-    a.cache.values.normal_()
-    b.cache.keys.copy_(a.cache.keys)
-    b.cache.values.copy_(a.cache.values)
-    for rows in (a, b):
-        rows.cache.lengths[:], rows.active[:], rows.tokens[:] = start, 1, 7
+    fill_alike(a, b, start)
     expected = plain._logits(a, 1, GREEDY)[0]
     fused._bind(b)
     found = fused._logits(b, 1, GREEDY)[0]

@@ -79,7 +79,7 @@ def test_flags_choose_the_checkpoint(home, fields, ends_with, name):
         (["--source", "sft/d99"], "found: newer, older"),
         (["--source", "sft/older", "--model-tag", "newer"], "--model-tag newer"),
         (["--step", "7"], "step 7"),
-        (["--source", "stf"], "neither base, mid, sft, rl nor an existing folder"),
+        (["--source", "stf"], "neither vision, base, mid, sft, rl nor an existing folder"),
         (["--source", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--source", "/", "--model-tag", "d20"], "--model-tag"),
         (["--device", "toaster"], "cpu, cuda"),

@@ -14,7 +14,7 @@ from ghostvis_model.images import load_image
 from ghostvis_train import base, evaluate, sft
 from ghostvis_train.context import Context
 from ghostvis_train.options import BaseConfig, EvalConfig, RunOptions, SftConfig, UserError
-from ghostvis_train.phase import locate, open_data
+from ghostvis_train.phase import open_data
 
 KINDS = ("vision", "base", "mid", "sft")
 
@@ -112,7 +112,7 @@ def test_what_the_end_says_is_there_can_be_opened(trained, capsys):
     for name in ("scores", "pictures", "checkpoint"):
         assert Path(said[name]).exists()
     source, image = re.fullmatch(r"uv run ghostvis-serve chat --source (\S+) --image (\S+)", said["next"]).groups()
-    assert (locate(source), Path(image).is_file()) == (checkpoint.find("sft"), True)
+    assert (checkpoint.locate(source), Path(image).is_file()) == (checkpoint.find("sft"), True)
     shutil.rmtree(said["pictures"])
     evaluate.run(EvalConfig(max_samples=3, device="cpu"))
     out = capsys.readouterr().out
@@ -126,7 +126,12 @@ def test_a_model_without_eyes_is_not_asked_about_pictures(trained):
 
 
 def test_eval_takes_a_source_as_training_does(trained):
-    assert locate("sft/tiny") == locate("sft", "tiny") == locate(str(checkpoint.find("sft")))
-    for wrong in (("sft/tiny", "tiny"), (str(trained), "tiny"), (str(trained), None, 4)):
-        with pytest.raises(UserError, match="--source"):
-            locate(*wrong)
+    newest = checkpoint.find("sft")
+    assert checkpoint.locate("sft/tiny") == checkpoint.locate("sft", "tiny") == checkpoint.locate(str(newest)) == newest
+    step = int(newest.name.removeprefix("step_"))
+    assert checkpoint.locate(str(newest.parent), step=step) == newest
+    for wrong in (("sft/tiny", "tiny"), (str(trained), "tiny"), ("stf",)):
+        with pytest.raises(checkpoint.CheckpointError, match="--source"):
+            checkpoint.locate(*wrong)
+    with pytest.raises(checkpoint.CheckpointError, match="step_000999"):
+        checkpoint.locate(str(newest.parent), step=999)

@@ -87,6 +87,22 @@ def find(kind: str, tag: str | None = None, step: int | None = None) -> Path:
     return folder
 
 
+def locate(source: str, model_tag: str | None = None, step: int | None = None) -> Path:
+    """What the flags --source, --model-tag and --step of every command name; a folder, as `find` or `resolve` has it.
+
+    source: a kind (`sft`: its newest run), one run of it (`sft/d20`), a folder or a hub id. step: one of the run's.
+    Raises CheckpointError for a tag beside a source that names the run itself, or where nothing is found.
+    """
+    kind, _, tag = source.partition("/")
+    if model_tag is not None and (tag or kind not in KINDS):
+        raise CheckpointError(f"--source {source} names the run itself; leave --model-tag {model_tag} out")
+    if kind in KINDS:
+        return find(kind, tag or model_tag, step)
+    if source.isidentifier() and not Path(source).exists():
+        raise CheckpointError(f"--source {source} is neither {', '.join(KINDS)} nor an existing folder")
+    return resolve(source if step is None else step_folder(Path(source).expanduser(), step))
+
+
 def resolve(source: str | Path) -> Path:
     """A step folder from a step folder, a run's folder, or a hub id (downloaded); a Hugging Face folder as it is.
 

@@ -32,7 +32,7 @@ from ghostvis_train import samples
 from ghostvis_train.context import resolve_device
 from ghostvis_train.held_out import score_text
 from ghostvis_train.options import EvalConfig, UserError
-from ghostvis_train.phase import TINY_WORLD, announce, locate, open_data
+from ghostvis_train.phase import TINY_WORLD, announce, open_data
 
 FEWEST_ROWS, MOST_ROWS = 64, 512
 CACHE_BYTES = 4 << 30  # for more rows than the fewest
@@ -42,7 +42,7 @@ REMEMBERED_BYTES = 256 << 20  # of pictures read for questions to come
 def run(config: EvalConfig, started: float | None = None) -> Path:
     """Evaluate a checkpoint by itself; its folder. `started` is as in `report`, default now."""
     started = time.perf_counter() if started is None else started
-    folder = locate(config.source, config.model_tag, config.step)
+    folder = checkpoint.locate(config.source, config.model_tag, config.step)
     plan = checkpoint.read_meta(folder)["plan"]
     data_recipe = config.data_recipe or plan.get("data_recipe")
     if data_recipe is None:

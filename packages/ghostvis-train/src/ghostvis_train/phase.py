@@ -73,27 +73,12 @@ def before(run: RunOptions) -> RunOptions:
     return replace(run, steps=None, total_batch_size=None, device_batch_size=None, save_every=None, log_every=None)
 
 
-def locate(source: str, model_tag: str | None = None, step: int | None = None) -> Path:
-    """A checkpoint: the newest of a kind (`mid`), of one run of it (`mid/d20`, or `model_tag`), a step, or a folder.
-
-    Raises CheckpointError that names the command that makes one, UserError for a tag or step beside a folder.
-    """
-    kind, _, tag = source.partition("/")
-    if model_tag is not None and (tag or kind not in checkpoint.KINDS):
-        raise UserError(f"--source {source} names the run itself; leave --model-tag {model_tag} out")
-    if kind in checkpoint.KINDS:
-        return checkpoint.find(kind, tag or model_tag, step)
-    if step is not None:
-        raise UserError(f"--step {step} goes with --source {', '.join(checkpoint.KINDS)}, not with {source}")
-    return checkpoint.resolve(source)
-
-
 def find_source(source: str, run: RunOptions) -> Path:
-    """The checkpoint to start from, as `locate` finds it.
+    """The checkpoint to start from, as `checkpoint.locate` finds it.
 
     Raises CheckpointError that names the command that makes one, UserError if --depth contradicts it.
     """
-    folder = locate(source)
+    folder = checkpoint.locate(source)
     depth = checkpoint.read_meta(folder)["config"]["text"]["num_layers"]
     if run.depth not in (None, depth):
         raise UserError(
