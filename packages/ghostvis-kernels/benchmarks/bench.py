@@ -248,6 +248,8 @@ def attention(machine: Machine, compile_: bool) -> Iterator[Case]:
         if machine.device == "cuda":
             for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
                 ways[name] = sdpa_kernel(kernel)(sdpa)
+            # What `ours` is under torch.use_deterministic_algorithms(True).
+            ways["same bits"] = lambda q, k, v: gk.attention(q, k, v, backend="triton")
         yield from both_ways(f"attention {shape.name} 4 x {length}", ways, [q, k, v], (forward, 2.5 * forward))
 
 

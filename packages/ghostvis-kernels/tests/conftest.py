@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,6 +33,14 @@ def interpreter() -> None:
     """Skip where Triton's interpreter cannot run: it computes with NumPy, which neither triton nor torch installs."""
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """deterministic(), deterministic(warn_only=True): torch's flag, until the test ends."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield lambda warn_only=False: torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from ghostvis_kernels import attention_flash
+from ghostvis_kernels import attention_flash, registry
 from ghostvis_kernels.attention_flash import candidates, find_flash, flash
 
 # `ghostvis_kernels.attention` and `.backends` are the functions.
@@ -47,11 +48,17 @@ def packages(monkeypatch):
 
 @pytest.fixture
 def capability(monkeypatch):
+    def forget():
+        backends.capability.cache_clear()
+        registry._recent.cache_clear()
+
     def pretend(major, minor=0):
+        forget()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
 
-    return pretend
+    yield pretend
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -95,20 +102,33 @@ def test_each_package_gets_its_own_spelling_of_window_and_lengths(packages, capa
     assert calls[-1][2]["max_seqlen_k"] == 6
 
 
+@pytest.mark.parametrize("name", ["flash-attn 3", "flash-attn 4", "flash-attn 2"])
+def test_each_package_is_asked_for_its_deterministic_backward_pass_when_torch_is(
+    packages, capability, deterministic, name
+):
+    calls = packages(name)
+    capability({"flash-attn 3": 9, "flash-attn 4": 10, "flash-attn 2": 8}[name])
+    q, ends = torch.zeros(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    for cu_seqlens in (None, ends):
+        flash(q, q, q, True, None, cu_seqlens, 6, 0.0, 0.5)
+        assert "deterministic" not in calls[-1][2]
+    deterministic()
+    for cu_seqlens in (None, ends):
+        flash(q, q, q, True, None, cu_seqlens, 6, 0.0, 0.5)
+        assert calls[-1][2]["deterministic"] is True
+
+
 def test_softcap_leaves_flash_attn_4_and_hopper_leaves_flash_attn_2(packages, capability):
     q = torch.zeros(1, dtype=torch.bfloat16)
     capability(10)
     packages("flash-attn 4")
-    backends.capability.cache_clear()
     assert attention_module._takes_flash(q, 0.0, True)
     assert not attention_module._takes_flash(q, 5.0, True)
     packages("flash-attn 2")
     assert not attention_module._takes_flash(q, 0.0, True)
     capability(8)
-    backends.capability.cache_clear()
     find_flash.cache_clear()
     assert attention_module._takes_flash(q, 0.0, True)
-    backends.capability.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -135,10 +155,63 @@ def test_cudnn_is_left_alone_where_its_plan_would_cost_more(shape, options, want
         assert not attention_module._not_worth_a_plan(q, k, strided)
 
 
+DENSE, CROSS, WHOLE, RAGGED = (2, 6, 6), (2, 6, 9), (12, 12), (13, 13)
+"""Queries and keys: a batch, another number of keys, two documents of six tokens, two of which the last has seven."""
+
+
+@pytest.mark.parametrize(
+    ("major", "shape", "options", "usual", "same_bits"),
+    [
+        (9, DENSE, {}, "torch", "ours"),
+        (9, DENSE, {"causal": False}, "torch", "ours"),
+        (9, WHOLE, {}, "torch", "ours"),
+        (9, RAGGED, {}, "ours", "ours"),
+        (8, DENSE, {}, "torch", "ours"),
+        (8, WHOLE, {}, "torch", "ours"),
+        (8, RAGGED, {}, "varlen", "ours"),
+        (9, CROSS, {"causal": False}, "torch", "torch"),  # its flash kernel, which obeys the flag
+        (9, DENSE, {"grad": False}, "torch", "torch"),
+        (9, WHOLE, {"grad": False}, "torch", "torch"),
+        (9, DENSE, {"dtype": torch.float32}, "torch", "torch"),
+        (9, DENSE, {"size": 512}, "torch", "torch"),
+        (9, DENSE, {"backend": "torch"}, "torch", "torch"),
+        (7, DENSE, {}, "torch", "torch"),  # no Triton kernels
+    ],
+)
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_gradients_that_have_to_repeat_take_our_kernels_where_they_fit(
+    packages, capability, deterministic, monkeypatch, warn_only, major, shape, options, usual, same_bits
+):
+    packages()
+    capability(major)
+    taken = []
+    for name, path in (("_fused", "ours"), ("_sdpa", "torch"), ("_packed_on_cuda", "varlen")):
+        monkeypatch.setattr(attention_module, name, lambda q, *rest, path=path: taken.append(path) or q)
+    options = {"grad": True, "dtype": torch.bfloat16, "size": 64, **options}
+    grad, dtype, size = (options.pop(name) for name in ("grad", "dtype", "size"))
+    with FakeTensorMode():  # tensors of a GPU that is not there
+        q, k, v = (
+            torch.empty(*(shape[:-2]), tokens, 2, size, device="cuda", dtype=dtype, requires_grad=grad)
+            for tokens in (shape[-2], shape[-1], shape[-1])
+        )
+        if len(shape) == 2:
+            options |= {"cu_seqlens": torch.empty(3, device="cuda", dtype=torch.int32), "max_seqlen": -(-shape[0] // 2)}
+        attention_module.attention(q, k, v, **options)
+        deterministic(warn_only)
+        attention_module.attention(q, k, v, **options)
+    assert taken == [usual, same_bits]
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_batch_in_our_kernels_is_so_many_documents(normal, tokens):
+    q, k, v = (normal(3, tokens, heads, 8) for heads in (4, 2, 2))
+    found = attention_module._fused(q, k, v, True, None, None, 0.0, 0.4)
+    torch.testing.assert_close(found, attention_module.attention_reference(q, k, v, scale=0.4))
+
+
 def test_the_choice_of_a_kernel_does_not_break_the_graph(packages, capability):
     packages()
     capability(9)
-    backends.capability.cache_clear()
 
     @torch.compile(fullgraph=True, backend="eager")
     def choice(q):
@@ -146,7 +219,6 @@ def test_the_choice_of_a_kernel_does_not_break_the_graph(packages, capability):
         return q + 1 if ours else q - 1
 
     assert choice(torch.zeros(1)).item() == 1
-    backends.capability.cache_clear()
 
 
 def test_the_environment_variable_reaches_backends(monkeypatch):

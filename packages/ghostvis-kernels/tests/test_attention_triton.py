@@ -182,6 +182,45 @@ def test_two_packed_backwards_are_equal_bit_for_bit(normal):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+# Places of queries, places of keys (where others), heads of both, their size, options.
+SAME_BITS = {
+    "large": ((8, 2048), None, (10, 5), 128, {}),
+    "odd": ((3, 777), None, (6, 2), 80, {"causal": False}),
+    "short": ((64, 33), None, (4, 4), 64, {}),
+    "cross": ((9, 64), (9, 576), (8, 8), 64, {"causal": False}),
+    "whole": ((8192,), None, (10, 5), 128, {"lengths": [1024] * 8}),
+    "ragged": ((2842,), None, (6, 3), 128, {"lengths": [2000, 1, 0, 777, 64]}),
+    "window": ((2, 1500), None, (4, 2), 64, {"window": 100}),
+    "softcap": ((2, 700), None, (4, 2), 256, {"softcap": 15.0}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SAME_BITS)
+def test_gradients_are_the_same_bits_each_time_where_torch_is_asked_for_that(normal, deterministic, error, case, dtype):
+    rows, columns, (heads, kv_heads), size, options = SAME_BITS[case]
+    q = normal(*rows, heads, size, device="cuda", dtype=dtype)
+    k, v = (normal(*(columns or rows), kv_heads, size, device="cuda", dtype=dtype) for _ in range(2))
+    options = dict(options)
+    if lengths := options.pop("lengths", None):
+        ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+        options |= {"cu_seqlens": ends, "max_seqlen": max(lengths)}
+    seed = torch.randn_like(q)
+
+    def found():
+        out = gk.attention(q, k, v, **options)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), seed)]
+
+    usual = found()
+    # Where our kernels fit, also with warn_only, which leaves cuDNN in its place and flash as it is.
+    deterministic(warn_only=case != "cross" and dtype != torch.float32)
+    first = found()
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(first, found(), strict=True))
+    assert all(error(a, b) < 1e-2 for a, b in zip(first, usual, strict=True))
+
+
 @pytest.mark.parametrize("multiprocessors", [108, 132, 148])
 def test_long_rows_are_cut_into_full_waves_of_programs(multiprocessors):
     pytest.importorskip("triton")

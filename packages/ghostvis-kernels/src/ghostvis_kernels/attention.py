@@ -72,7 +72,9 @@ def attention(
             On CUDA in half precision "auto" takes flash-attn 3 or 4 if installed, else cuDNN (torch's flash where they
             are small) for whole batches and documents of equal length, else our kernels; `backends()` tells.
 
-    Under `torch.autocast` q, k and v are cast to the autocast dtype.
+    Under `torch.use_deterministic_algorithms(True)` gradients are the same bits each time: "auto" takes our kernels in
+    cuDNN's place, and flash-attn its deterministic backward pass. Under `torch.autocast` q, k and v are cast to the
+    autocast dtype.
 
     Returns:
         a tensor of q's shape and dtype. Saved for backward: what the kernel saves (q, k, v, o, a number a row).
@@ -107,15 +109,16 @@ def _on_cpu(q, k, v, causal, window, cu_seqlens, softcap: float, scale: float) -
 def _on_cuda(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap: float, scale: float, backend: str) -> Tensor:
     """The choice among kernels; each is named in the log the first time it is taken."""
     half, auto, packed = q.dtype in HALF, backend == "auto", cu_seqlens is not None
+    same_bits = auto and half and q.shape[-1] <= 256 and _wants_same_bits(q, k, v)
     if backend == "flash_attn" or (auto and half and q.is_cuda and _takes_flash(q, softcap, packed)):
         return _flash_attn(q, k, v, causal, window, cu_seqlens, max_seqlen, softcap, scale)
     plain = window is None and not softcap
     # No document is longer than max_seqlen, so this says that all are as long: a batch, without a look at the lengths.
     even = packed and plain and max_seqlen is not None and (len(cu_seqlens) - 1) * max_seqlen == len(q) and len(q) > 0
-    if even and backend != "triton" and q.is_cuda:
+    if even and backend != "triton" and not same_bits and q.is_cuda:
         q, k, v = (t.unflatten(0, (-1, max_seqlen)) for t in (q, k, v))
         return _sdpa(q, k, v, None, causal, scale).flatten(0, 1)
-    if backend == "triton" or (auto and half and (softcap or _prefers_ours(q, packed, window))):
+    if backend == "triton" or same_bits or (auto and half and (softcap or _prefers_ours(q, packed, window))):
         fits = takes_triton(q) and (half or not q.is_cuda) and (packed or q.shape[1] == k.shape[1])
         if fits:
             return _fused(q, k, v, causal, window, cu_seqlens, softcap, scale)
@@ -146,11 +149,11 @@ def _prefers_ours(q: Tensor, packed: bool, window: int | None) -> bool:
 
 
 def _fused(q, k, v, causal, window, cu_seqlens, softcap: float, scale: float) -> Tensor:
-    say_once("attention: Triton kernels of ghostvis-kernels (packed documents, window or soft-cap)")
+    say_once("attention: Triton kernels of ghostvis-kernels (packed documents, window, soft-cap or deterministic)")
     if cu_seqlens is not None:
         return packed_fused(q, k, v, cu_seqlens, causal, window or 0, softcap, scale)
     batch, tokens = q.shape[:2]
-    ends = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
     flat = (t.flatten(0, 1) for t in (q, k, v))
     return packed_fused(*flat, ends, causal, window or 0, softcap, scale).view_as(q)
 
@@ -220,7 +223,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         # The kernel for masks and fp32 (memory-efficient) takes no grouped heads: SDPA would take explicit scores.
         key, value = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for t in (key, value))
         grouped = False
-    hopper = q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device())
+    # Under use_deterministic_algorithms torch passes cuDNN over by itself, and flash adds up in a fixed order.
+    free = not torch.are_deterministic_algorithms_enabled()
+    hopper = free and q.is_cuda and q.dtype in HALF and prefers_cudnn(q.get_device())
     if hopper and mask is None and _not_worth_a_plan(q, k, v):
         say_once("attention: torch's flash kernel for small shapes (cuDNN would plan each new one for 0.1 s)")
         # Not `sdpa_kernel`, which takes 43 us of the host and changes the choice of every thread.
@@ -243,10 +248,19 @@ def _not_worth_a_plan(q: Tensor, k: Tensor, v: Tensor) -> bool:
     batch, tokens, heads, size = q.shape
     if size % 8 or size > 256 or batch > 65535 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return False
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    grad = _needs_gradient(q, k, v)
     if grad and tokens == k.shape[1]:
         return False
     return 0 < batch * tokens * k.shape[1] * heads * size < (UNPLANNED if grad else UNPLANNED_FORWARD)
+
+
+def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _wants_same_bits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there will be gradients, the same bits each time: cuDNN's of q are not, and ours are."""
+    return torch.are_deterministic_algorithms_enabled() and _needs_gradient(q, k, v)
 
 
 def _packed_on_cuda(

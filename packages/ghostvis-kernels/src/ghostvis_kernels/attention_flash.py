@@ -73,6 +73,8 @@ def flash(
     if found.name == "flash-attn 4":  # all is None there
         sides = (None if left < 0 else left, 0 if causal else None if left < 0 else left)
     options = {"softmax_scale": scale, "causal": causal, "window_size": sides, "softcap": softcap}
+    if torch.are_deterministic_algorithms_enabled():  # only then: old versions do not know the word
+        options["deterministic"] = True
     if cu_seqlens is None:
         out = found.module.flash_attn_func(q, k, v, **options)
     else:

@@ -127,8 +127,10 @@ def _on_cuda(choice: str, triton: str) -> dict[str, str]:
     varlen_name = "torch varlen_attn" if varlen.there else "SDPA under a document mask"
     dense = "SDPA, cuDNN first, flash for small shapes" if cudnn else "SDPA, flash"
     packed = "Triton; documents of equal length as a batch by cuDNN" if ours and cudnn else varlen_name
+    same_bits = "Triton" if ours else "SDPA and varlen_attn, flash"
     if flash.name and choice != "ref" and (flash.name != "flash-attn 2" or not cudnn):
         dense = packed = flash.name
+        same_bits = f"{flash.name}, its deterministic backward pass"
     bent = "Triton" if ours else "explicit scores, memory grows with T x S"
     plain = "torch" + because
     return {
@@ -137,6 +139,7 @@ def _on_cuda(choice: str, triton: str) -> dict[str, str]:
         HEAD_OPS: "cuBLAS and Triton, chunked, fp32 weight-gradient accumulation" if ours else plain + ", chunked",
         "attention": f"half precision: {dense} ({flash.why}); fp32: SDPA",
         "attention (packed)": f"half precision: {packed} (varlen_attn: {varlen.why}); fp32: SDPA under an [N, N] mask",
+        "attention (use_deterministic_algorithms)": f"half precision, with a gradient: {same_bits}; fp32: SDPA",
         "attention (window, soft-cap)": f"half precision: {bent} (or flash-attn that has it); fp32: explicit scores",
         "attention_decode": "Triton, split over the cache; for CUDA graphs" if ours else plain + ", SDPA under a mask",
         "newton_schulz": "Triton, one triangle of symmetric products, and cuBLAS; bf16"

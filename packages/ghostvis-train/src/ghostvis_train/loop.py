@@ -115,7 +115,8 @@ def train(job: Job, context: Context) -> Path:
     metrics: dict[str, float] = {}
     while step < plan.steps:
         try:
-            metrics = _train_step(job, stepper, step, context)
+            with context.same_bits():
+                metrics = _train_step(job, stepper, step, context)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(job, step, error) from error
         step += 1

@@ -65,7 +65,7 @@ def tag_of(run: RunOptions, source: Path | None = None) -> str:
 
 def start_phase(run: RunOptions, tag: str) -> Context:
     """Device, ranks, seeds, log."""
-    return start(tag, run.seed, run.device, run.precision, run.tracker, run.run)
+    return start(tag, run.seed, run.device, run.precision, run.tracker, run.run, run.deterministic)
 
 
 def before(run: RunOptions) -> RunOptions:
@@ -179,7 +179,7 @@ def make_job(
         decay=settings.decay,
         rates=settings.rates,
         precision=context.precision,
-        notes=notes or {},
+        notes=(notes or {}) | ({"bits": "the same each time (--deterministic)"} if run.deterministic else {}),
         parent=checkpoint.read_meta(parent)["weights_hash"] if parent else None,
         data=data_hash(data),
         tokenizer=tokenizer.hash if tokenizer is not None else None,
@@ -230,19 +230,21 @@ def records_steps(run: RunOptions, device: torch.device, world: int, model: nn.M
 
     Raises UserError where they were asked for and cannot.
     """
-    why_not = None
+    why_not, modules = None, list(model.modules())
     if device.type != "cuda" or world > 1:
         why_not = f"this is {world} process(es) on {device.type}; they are for one on one GPU"
     elif os.environ.get("GHOSTVIS_CHECK") == "1":
         why_not = "GHOSTVIS_CHECK=1 looks at every target, which waits for the GPU"
     elif run.recompute:
         why_not = "--recompute asks for the state of random numbers, which a graph that is being recorded must not"
-    elif any(isinstance(module, MixtureOfExperts) for module in model.modules()):
+    elif run.deterministic and any(isinstance(module, GhostVis) and module.vision is not None for module in modules):
+        why_not = "--deterministic: the room for pictures, and with it the order of sums, depends on the batches seen"
+    elif any(isinstance(module, MixtureOfExperts) for module in modules):
         why_not = "the balance loss of experts would count the tokens that fill a batch up"
     if run.cuda_graphs == "on" and why_not:
         raise UserError(f"--cuda-graphs on, but {why_not}; leave the flag out")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    towers = [module for module in model.modules() if isinstance(module, VisionTower)]
+    towers = [module for module in modules if isinstance(module, VisionTower)]
     # Published encoders have not been recorded yet, and pictures that fill a batch up are not for nothing with them.
     small = 6 * parameters * tokens < SMALL_STEP and all(tower.config.encoder == "tiny" for tower in towers)
     return why_not is None and (run.cuda_graphs == "on" or (run.cuda_graphs == "auto" and small))

@@ -111,7 +111,8 @@ class CellReader(nn.Module):
         """Sum of the cross-entropies over all cells; a colour counts twice, as only every second picture has it."""
         grid = self.vision.config.grid
         patches = self.vision(images).transpose(1, 2).unflatten(2, (grid, grid))
-        cells = F.adaptive_avg_pool2d(patches, tiny_world.GRID).flatten(2).transpose(1, 2)
+        # Not adaptive_avg_pool2d, which has the same bits on a CPU, but on CUDA no deterministic gradient.
+        cells = F.avg_pool2d(patches, grid // tiny_world.GRID).flatten(2).transpose(1, 2)
         colour, shape = self.colour_head(cells).float(), self.shape_head(cells).float()
         colour_loss = F.cross_entropy(colour.flatten(0, 1), colours.flatten(), reduction="sum", ignore_index=IGNORED)
         return 2 * colour_loss + F.cross_entropy(shape.flatten(0, 1), shapes.flatten(), reduction="sum")
