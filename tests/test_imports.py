@@ -39,6 +39,7 @@ TORCH_FREE = [
 
 # Import names that are not the distribution's name with underscores.
 DISTRIBUTION_OF = {
+    "cuda": "cuda-bindings",
     "PIL": "pillow",
     "yaml": "pyyaml",
     "google": "protobuf",

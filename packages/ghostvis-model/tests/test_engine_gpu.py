@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from ghostvis_model import decode_cluster
 from ghostvis_model.config import VLMConfig, get_config, qwen25_config
+from ghostvis_model.decode_cluster import ClusterStep
+from ghostvis_model.decode_fused import FusedStep
 from ghostvis_model.decode_step import DecodeStep, Rows
 from ghostvis_model.engine import Engine
 from ghostvis_model.generation import chat_prompt
@@ -103,6 +106,8 @@ def test_the_calculators_output_is_forced_while_steps_are_under_way(model, monke
 
 SHAPES = {
     "ghost d4": get_config(4, 1000, 1024),
+    "ghost d8": get_config(8, 999, 1024),
+    "ghost d20": dataclasses.replace(get_config(20, 3000, 1024), num_layers=3),
     "ghost d6": get_config(6, 999, 1024),
     "qwen 0.5B": dataclasses.replace(qwen25_config("0.5B", 2000, 1024), num_layers=3),
     "qwen 1.5B": dataclasses.replace(qwen25_config("1.5B", 2000, 1024), num_layers=3),
@@ -128,10 +133,13 @@ def fill_alike(a, b, start):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("way", ["one launch", "chain", "chain, int8"])
 @torch.inference_mode()
-def test_the_fused_step_is_the_decoders_step(shape, int8):
-    model = random_model(SHAPES[shape], torch.bfloat16)
+def test_the_fused_step_is_the_decoders_step(shape, way, monkeypatch):
+    model, int8 = random_model(SHAPES[shape], torch.bfloat16), way == "chain, int8"
+    if way == "one launch" and not decode_cluster.shape_fits(SHAPES[shape]):
+        pytest.skip("not for this shape")
+    monkeypatch.setattr(decode_cluster, "fits", lambda model, room: way == "one launch")
     if int8:
         quantize_int8(model, allow_slower=True)
     wide = copy.deepcopy(model).float()
@@ -149,7 +157,9 @@ def test_the_fused_step_is_the_decoders_step(shape, int8):
         reference = DecodeStep(wide, graphs=False)._logits(c, 1, GREEDY)[0]
         expected = plain._logits(a, 1, GREEDY)[0]
         fused._bind(b)
-        chosen = fused._step(b, 1, GREEDY)[0]
+        chosen = fused.run(b, 1, GREEDY)[0]
+        assert isinstance(fused._fused, ClusterStep if way == "one launch" else FusedStep)
+        torch.cuda.synchronize()
         found = fused._fused.logits
         error, usual = ((x - reference).norm() / reference.norm() for x in (found, expected))
         assert error < max(1.5 * usual, 3e-3), (start, error, usual)
@@ -195,3 +205,27 @@ def test_a_lone_request_in_half_precision_takes_the_fused_step_and_a_graph_repea
     drawn = [(prompt, Sampling(max_tokens=50, temperature=1.0, top_k=k, seed=2, logprobs=True)) for k in (None, 20)]
     for one in drawn:
         assert ask(graphs, [one]) == ask(eager, [one])
+    assert ask(graphs, [(prompt, sampling)]) == expected
+
+
+@torch.inference_mode()
+def test_one_launch_says_where_logits_are_not_finite_and_else_the_same_bits(tokenizer):
+    model = random_model(get_config(8, 5000, 1024), torch.bfloat16)
+    rows = Rows(model, 1, 1024, [5])
+    step = ClusterStep(model, rows)
+    found = []
+    for turn in range(50):
+        rows.cache.lengths[:], rows.active[:], rows.tokens[:] = 333, 1, 7
+        if turn % 3 == 2:
+            step.run(pick=False)
+        else:
+            chosen = step.pick()
+            torch.cuda.synchronize()
+            assert chosen.item() == rows.tokens.item() == step.logits.argmax().item()
+        assert rows.cache.lengths.item() == 333 + (turn % 3 != 2)
+        found.append(step.logits.clone())
+    assert all(logits.equal(found[0]) for logits in found)
+    model.decoder.lm_head.weight[77] = float("nan")
+    chosen = step.pick()
+    torch.cuda.synchronize()
+    assert chosen.item() == -1

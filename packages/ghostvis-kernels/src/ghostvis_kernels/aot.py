@@ -41,7 +41,6 @@ def machine_code(case: AotCase, architecture: int) -> str:
     Raises ValueError for an argument without a type, and what triton raises for a kernel that does not compile.
     """
     triton = importlib.import_module("triton")
-    backend = importlib.import_module("triton.backends.nvidia")
     compiler = importlib.import_module("triton.compiler")
     targets = importlib.import_module("triton.backends.compiler")
     names = case.kernel.arg_names
@@ -56,11 +55,17 @@ def machine_code(case: AotCase, architecture: int) -> str:
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     kernel = triton.compile(source, target=targets.GPUTarget("cuda", architecture, 32), options=options)
+    return disassembled(kernel.asm["cubin"])
+
+
+def disassembled(cubin: bytes) -> str:
+    """The instructions of a compiled file, as nvdisasm prints them. Needs triton, which brings the program."""
+    backend = importlib.import_module("triton.backends.nvidia")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
         disassembler = Path(backend.__file__).parent / "bin" / "nvdisasm"
-        return subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([disassembler, "-c", file], capture_output=True, text=True, check=True).stdout
 
 
 def broken_promises(case: AotCase, code: str) -> list[str]:

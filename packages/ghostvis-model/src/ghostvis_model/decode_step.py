@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ghostvis_model import decode_cluster
+from ghostvis_model.decode_cluster import ClusterStep
 from ghostvis_model.decode_cpu import CpuStep, fits
 from ghostvis_model.decode_fused import FusedStep, why_not
 from ghostvis_model.decode_rows import RowsStep, joins
@@ -86,7 +88,7 @@ class DecodeStep:
         self.graphs = captures(model, graphs)
         self._captured: dict[tuple[int, Mode], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._captured_for: Rows | None = None
-        self._fused: FusedStep | None = None
+        self._fused: ClusterStep | FusedStep | None = None
         self.why_not_fused = why_not(model) if fused else "it was not asked for"
         """Why a step of one row takes the decoder's own path; None where it takes the fused kernels."""
         self._cpu = CpuStep(model) if fits(model) else None
@@ -101,9 +103,12 @@ class DecodeStep:
     def run(self, rows: Rows, count: int, mode: Mode) -> tuple[Tensor, Tensor | None]:
         """Chosen tokens int64 [count] (-1 where no logit is finite), and log-probabilities where the mode has them.
 
-        The result of a graph is overwritten by its next replay.
+        The result of a graph is overwritten by its next replay. The tokens may be in the host's memory, and are there
+        when the step is done: the next but one overwrites them.
         """
         self._bind(rows)
+        if isinstance(self._fused, ClusterStep) and count == 1 and not any(mode[:4]):
+            return self._fused.pick(), None  # one launch; a graph of it would only start later
         if not self.graphs:
             return self._step(rows, count, mode)
         if mode.filtered:
@@ -122,7 +127,8 @@ class DecodeStep:
         self.forget()
         self._captured_for = rows
         if self.why_not_fused is None:
-            self._fused = FusedStep(self._model, rows)
+            whole = decode_cluster.fits(self._model, rows.cache.capacity)
+            self._fused = ClusterStep(self._model, rows) if whole else FusedStep(self._model, rows)
 
     def _graph(self, rows: Rows, count: int, mode: Mode) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]:
         key = (count, mode)
@@ -180,7 +186,7 @@ class DecodeStep:
         return chosen, logprobs
 
     def _step(self, rows: Rows, count: int, mode: Mode) -> tuple[Tensor, Tensor | None]:
-        if count == 1 and self._fused is not None and not any(mode[:4]):
+        if count == 1 and isinstance(self._fused, FusedStep) and not any(mode[:4]):
             self._fused.run(pick=True)
             return self._fused.chosen, None
         logits, _ = self._logits(rows, count, mode)

@@ -325,8 +325,9 @@ class Engine:
         done = None
         if chosen.is_cuda:
             chosen = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True).copy_(chosen, non_blocking=True)
-            if logprobs is not None:
-                logprobs = torch.empty(logprobs.shape, pin_memory=True).copy_(logprobs, non_blocking=True)
+        if logprobs is not None and logprobs.is_cuda:
+            logprobs = torch.empty(logprobs.shape, pin_memory=True).copy_(logprobs, non_blocking=True)
+        if self.model.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
         self._launched.append(Launched([(at, r, r.epoch) for at, r in requests], chosen, logprobs, done))
