@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import warnings
 from functools import lru_cache
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,7 @@ MOST_BYTES = 800_000
 # Only the clusters of attention, one for each key head, read the cache. With two of them (d8) the chain is as quick at
 # 2,000 tokens; with three and more it takes 1.11 to 1.50 times as long at 3,900. Longer ones were not tried.
 MOST_ROOM, MOST_ROOM_OF_FEW = 4096, 1024  # tokens
+MOST_UNITS = 32  # times 64 hidden units in a cluster: each of a block's is a thread's
 
 
 def shape_fits(text: TextConfig) -> bool:
@@ -45,31 +46,43 @@ def shape_fits(text: TextConfig) -> bool:
         and text.head_dim == 128
         and groups <= 8
         and text.hidden_size % 128 == 0
-        and text.hidden_size <= 2048
+        and 256 <= text.hidden_size <= 2048
         and text.intermediate_size % 64 == 0
         and text.vocab_size >= 16
         and not text.linear_bias
-        and text.num_kv_heads < MOST_CLUSTERS
+        and text.num_kv_heads < MOST_CLUSTERS - 1
     )
+
+
+def suits(text: TextConfig, clusters: int) -> bool:
+    """Whether so many clusters are as many as were measured to be the quicker way, each with something to do."""
+    light, heavy, most = split(text, clusters)
+    others = clusters - text.num_kv_heads
+    idle = text.intermediate_size // 64 - text.num_kv_heads * light < others
+    return most <= MOST_BYTES and heavy <= MOST_UNITS and not idle
 
 
 def fits(model: GhostVis, room: int) -> bool:
     """Whether this model's step, on a cache of so many tokens, takes the one launch.
 
-    It is for sm_90, plain bfloat16 weights, a shape that fits, and where it was measured to be the quicker way.
+    It is for sm_90, plain bfloat16 weights, a shape that fits, and where it was measured to be the quicker way. Warns
+    where all that is so and CUDA cannot compile or load it.
     """
-    weight = model.decoder.embed_tokens.weight
-    if room > (MOST_ROOM if model.config.text.num_kv_heads > 2 else MOST_ROOM_OF_FEW):
+    text, decoder = model.config.text, model.decoder
+    device = decoder.embed_tokens.weight.device
+    if room > (MOST_ROOM if text.num_kv_heads > 2 else MOST_ROOM_OF_FEW):
         return False
-    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or not shape_fits(model.config.text):
+    if not shape_fits(text) or not suits(text, MOST_CLUSTERS - 1) or device.type != "cuda":
         return False
-    if torch.cuda.get_device_capability(weight.device)[0] != 9 or not (
-        find_spec("cuda") and find_spec("cuda.bindings")
-    ):
+    parts = [part for layer in decoder.layers for part in _projections(layer)]
+    if not all(isinstance(part, nn.Linear) for part in (*parts, decoder.lm_head)):
         return False
-    if split(model.config.text, MOST_CLUSTERS - 1)[1] > MOST_BYTES:
+    if not all(type(p) is nn.Parameter and p.dtype == torch.bfloat16 for p in decoder.parameters()):
         return False
-    return all(isinstance(part, nn.Linear) for layer in model.decoder.layers for part in _projections(layer))
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    clusters = _clusters(text, device.index or 0)
+    return clusters is not None and suits(text, clusters)
 
 
 class ClusterStep:
@@ -77,7 +90,7 @@ class ClusterStep:
 
     def __init__(self, model: GhostVis, rows: Rows) -> None:
         text, decoder = model.config.text, model.decoder
-        device = decoder.embed_tokens.weight.device
+        self._device = device = decoder.embed_tokens.weight.device
         self._kernel, clusters = _kernel(text, device.index or 0)
         self._blocks = clusters * RANKS
         self.logits = torch.zeros(1, text.vocab_size, device=device)
@@ -93,7 +106,7 @@ class ClusterStep:
         forbidden[rows.sampler.forbidden] = 1
         self._held = (
             torch.tensor(table, dtype=torch.long, device=device),
-            torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).to(device),
+            _kept(b"".join(maps), device),
             forbidden,
             torch.zeros(words, dtype=torch.long, device=device),
             torch.zeros(2, dtype=torch.int32, device=device),
@@ -134,15 +147,20 @@ class ClusterStep:
         assert not pick, "choosing is `pick`"
         self._launch(pick=False)
 
+    def settle(self) -> None:
+        """Wait for the last launch: it writes into the host's memory, which nobody else must get before."""
+        torch.cuda.synchronize(self._device)
+
     def _launch(self, *, pick: bool) -> None:
         self._step.pick = int(pick)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._step))
-        stream = torch.cuda.current_stream().cuda_stream
-        _checked(
-            _driver().cuLaunchKernel(
-                self._kernel, self._blocks, 1, 1, THREADS, 1, 1, SHARED, stream, ctypes.addressof(parameters), 0
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _checked(
+                _driver().cuLaunchKernel(
+                    self._kernel, self._blocks, 1, 1, THREADS, 1, 1, SHARED, stream, ctypes.addressof(parameters), 0
+                )
             )
-        )
 
 
 class _Step(ctypes.Structure):
@@ -158,22 +176,22 @@ class _Step(ctypes.Structure):
     ]  # fmt: skip
 
 
-def split(text: TextConfig, clusters: int) -> tuple[int, int]:
-    """How often 64 hidden units each cluster of attention takes of the MLP, and the bytes of the most loaded block.
+def split(text: TextConfig, clusters: int) -> tuple[int, int, int]:
+    """How often 64 hidden units a cluster of attention takes of the MLP, how often another at most, and bytes.
 
-    The latter, of a layer without its cache, is the least that there is.
+    The latter are those of the most loaded block, of a layer without its cache: as few as can be.
     """
-    width, share = text.hidden_size, text.hidden_size // RANKS
-    heads = text.num_heads // text.num_kv_heads
+    width, share, kv_heads = text.hidden_size, text.hidden_size // RANKS, text.num_kv_heads
+    heads = text.num_heads // kv_heads
     attention = (heads + 2) * 16 * width * 2 + share * heads * 128 * 2
     groups, each = text.intermediate_size // 64, 16 * width * 2 + share * 64 * 2
-    others = clusters - text.num_kv_heads
-    loads = []
-    for light in range(groups // text.num_kv_heads):
-        heavy = -(-(groups - text.num_kv_heads * light) // others)
-        loads.append((max(attention + light * each, heavy * each), light))
-    most, light = min(loads)
-    return light, most
+    best = (0, 0, 0)
+    for light in range(max(1, groups // kv_heads)):
+        heavy = max(0, -(-(groups - kv_heads * light) // (clusters - kv_heads)))
+        most = max(attention + light * each, heavy * each)
+        if light == 0 or (light <= heavy and most < best[2]):  # the CUDA text has room for no more than heavy
+            best = (light, heavy, most)
+    return best
 
 
 def source(text: TextConfig, clusters: int) -> str:
@@ -222,6 +240,16 @@ def compiled(code: str) -> bytes:
 
 
 @lru_cache(maxsize=8)
+def _clusters(text: TextConfig, device: int) -> int | None:
+    """How many clusters the device holds at once; None, with a warning, where the kernel cannot be had."""
+    try:
+        return _kernel(text, device)[1]
+    except (ImportError, RuntimeError) as error:  # no cuda.bindings, no libnvrtc, an old driver, a slice of a GPU
+        warnings.warn(f"a token of a lone answer takes a chain of launches, which is slower: {error}", stacklevel=2)
+        return None
+
+
+@lru_cache(maxsize=8)
 def _kernel(text: TextConfig, device: int) -> tuple[Any, int]:
     """The kernel, and how many clusters of it the device can hold at once (all must be there at once)."""
     driver, clusters = _driver(), MOST_CLUSTERS
@@ -243,6 +271,20 @@ def _kernel(text: TextConfig, device: int) -> tuple[Any, int]:
                     f"this GPU holds {found} clusters of {RANKS} blocks at once; {text.num_kv_heads + 1} are needed"
                 )
             clusters = found
+
+
+_MAPS: dict[tuple[torch.device, bytes], Tensor] = {}
+
+
+def _kept(maps: bytes, device: torch.device) -> Tensor:
+    """The maps on the device, for the life of the process: 23 KB for each cache that a model of 20 layers has had.
+
+    Multiprocessors remember maps by address across launches. Memory that has held some must not get others.
+    """
+    key = (device, maps)
+    if key not in _MAPS:
+        _MAPS[key] = torch.frombuffer(bytearray(maps), dtype=torch.uint8).to(device)
+    return _MAPS[key]
 
 
 def _driver() -> Any:

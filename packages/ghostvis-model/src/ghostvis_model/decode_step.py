@@ -97,6 +97,8 @@ class DecodeStep:
 
     def forget(self) -> None:
         """Drop the captured graphs: weights or rows have moved."""
+        if isinstance(self._fused, ClusterStep):
+            self._fused.settle()
         self._captured.clear()
         self._captured_for = self._fused = self._pool = None  # a pool without graphs cannot be taken again
 

@@ -56,7 +56,7 @@ class Engine:
         calculator: work out what the model writes between python_start and python_end, and force the result.
         forbidden_ids: never sampled, besides the image placeholder and ids that the tokenizer does not have.
         graphs: capture decoding steps as CUDA graphs; None wherever they can be.
-        fused: decode a lone row by the kernels of `decode_fused` where they fit (half precision, CUDA).
+        fused: decode a lone row by `decode_cluster` or `decode_fused` where they fit (half precision, CUDA).
         """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; expected at least 1")
@@ -329,7 +329,7 @@ class Engine:
             logprobs = torch.empty(logprobs.shape, pin_memory=True).copy_(logprobs, non_blocking=True)
         if self.model.device.type == "cuda":
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self.model.device))
         self._launched.append(Launched([(at, r, r.epoch) for at, r in requests], chosen, logprobs, done))
 
     def _collect(self, launched: Launched) -> None:
@@ -441,10 +441,10 @@ class Engine:
         for request in list(self._occupied.values()):
             reason = str(error) or type(error).__name__
             self._finish(request, "error", GenerationError(f"the answer broke off: {reason}"))
-        if self._step is not None:
-            self._step.forget()
         self._left.clear()
         self._rows = None
+        if self._step is not None:
+            self._step.forget()  # last: it waits for the GPU, which may be what failed
 
 
 def _power_of_two(number: int) -> int:
