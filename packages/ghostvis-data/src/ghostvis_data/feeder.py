@@ -17,6 +17,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,15 +186,22 @@ class Feeder:
         try:
             return self._pipe.recv()
         except (EOFError, ConnectionResetError) as error:
-            self._process.join(1.0)
             raise DataError(
                 explain(
-                    f"the process that prepares batches has ended, exit code {self._process.exitcode}.",
+                    f"the process that prepares batches has ended, exit code {self._exit_code()}.",
                     expected="to be told when it shall end",
                     likely="it was killed: for lack of memory, or by hand",
                     next_step="a smaller cache_bytes, or processes=1; processes=0 does without them",
                 )
             ) from error
+
+    def _exit_code(self) -> int | None:
+        """What the process ends with; None where it does not end within a second."""
+        until = time.monotonic() + 1.0
+        # Not `join`: where another thread is just being told of the end, it comes back at once and without a code.
+        while (code := self._process.exitcode) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        return code
 
 
 def _later(key: Key, steps: int) -> Key:
