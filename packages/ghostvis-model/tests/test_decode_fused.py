@@ -54,7 +54,7 @@ for text, int8 in ((ghost, False), (qwen, False), (ghost, True)):
             for _ in range(1 + (start > 0)):
                 logits = step._logits(a, 1, GREEDY)[0].clone()
                 chosen = step._choose(a, 1, GREEDY, logits.clone())[0]
-                fused.run(pick=True)
+                fused.pick()
                 torch.testing.assert_close(fused.logits, logits, rtol=0, atol=1e-4)
                 torch.testing.assert_close(b.cache.keys, a.cache.keys, rtol=0, atol=1e-5)
                 torch.testing.assert_close(b.cache.values, a.cache.values, rtol=0, atol=1e-5)
@@ -64,7 +64,7 @@ for text, int8 in ((ghost, False), (qwen, False), (ghost, True)):
         model.decoder.norm = None
         model.decoder.embed_tokens.weight.fill_(float("nan"))
         if not text.norm_weight:
-            fused.run(pick=True)
+            fused.pick()
             assert fused.chosen.item() == -1
 print("equal")
 """

@@ -217,7 +217,7 @@ def test_one_launch_says_where_logits_are_not_finite_and_else_the_same_bits(toke
     for turn in range(50):
         rows.cache.lengths[:], rows.active[:], rows.tokens[:] = 333, 1, 7
         if turn % 3 == 2:
-            step.run(pick=False)
+            step.run()
         else:
             chosen = step.pick()
             torch.cuda.synchronize()

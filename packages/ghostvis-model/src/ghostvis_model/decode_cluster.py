@@ -55,7 +55,10 @@ def shape_fits(text: TextConfig) -> bool:
 
 
 def suits(text: TextConfig, clusters: int) -> bool:
-    """Whether so many clusters are as many as were measured to be the quicker way, each with something to do."""
+    """Whether one launch is the quicker way on a GPU that holds so many clusters, by what was measured (MOST_BYTES).
+
+    Each cluster must have something to do: one without hidden units would not wait for its own blocks.
+    """
     light, heavy, most = split(text, clusters)
     others = clusters - text.num_kv_heads
     idle = text.intermediate_size // 64 - text.num_kv_heads * light < others
@@ -142,9 +145,8 @@ class ClusterStep:
         self._picks += 1
         return self._chosen[(self._picks - 1) % 2 :][:1]
 
-    def run(self, *, pick: bool) -> None:
+    def run(self) -> None:
         """Read the row's next token: `logits`."""
-        assert not pick, "choosing is `pick`"
         self._launch(pick=False)
 
     def settle(self) -> None:

@@ -83,8 +83,16 @@ class FusedStep:
             "head": (1 << 30, text.hidden_size),
         }
 
-    def run(self, *, pick: bool) -> None:
-        """Read the row's next token: logits, and with `pick` the likeliest one chosen and the row one step further."""
+    def run(self) -> None:
+        """Read the row's next token: `logits`."""
+        self._launch(pick=False)
+
+    def pick(self) -> Tensor:
+        """Read the row's next token, choose the likeliest one, and put the row one step further: `chosen`."""
+        self._launch(pick=True)
+        return self.chosen
+
+    def _launch(self, *, pick: bool) -> None:
         kernels = _kernels()
 
         text, decoder, rows = self._model.config.text, self._model.decoder, self._rows

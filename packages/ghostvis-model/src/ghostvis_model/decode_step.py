@@ -158,7 +158,7 @@ class DecodeStep:
     def _logits(self, rows: Rows, count: int, mode: Mode) -> tuple[Tensor, None]:
         """float32 [count, V] after the next token of each row, whose keys are kept."""
         if count == 1 and self._fused is not None:
-            self._fused.run(pick=False)
+            self._fused.run()
             rows.cache.lengths[:1] += rows.active[:1]
             return self._fused.logits, None
         if self._cpu is not None:
@@ -189,8 +189,7 @@ class DecodeStep:
 
     def _step(self, rows: Rows, count: int, mode: Mode) -> tuple[Tensor, Tensor | None]:
         if count == 1 and isinstance(self._fused, FusedStep) and not any(mode[:4]):
-            self._fused.run(pick=True)
-            return self._fused.chosen, None
+            return self._fused.pick(), None
         logits, _ = self._logits(rows, count, mode)
         return self._choose(rows, count, mode, logits)
 

@@ -3,7 +3,7 @@
 // Blocks stand in clusters of 8. The first K clusters each own a key head: its q, k, v, its keys and values, its columns
 // of the output projection. The others share the MLP's hidden units. Within a cluster numbers pass from shared memory to
 // shared memory; between clusters they pass twice a layer, as partial sums of the stream, each in one 64-bit word with
-// the number of the exchange, so that a word is its own signal. One warp of every block does nothing but ask for
+// the number of the exchange, so that a word is its own signal. One thread of every block does nothing but ask for
 // weights, in the order of their use and as far ahead as shared memory holds.
 //
 // The order of a layer: the stream of everybody's partial sums is added up and told within each cluster (stream); the

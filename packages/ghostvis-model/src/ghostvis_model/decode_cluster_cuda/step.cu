@@ -185,6 +185,7 @@ __device__ __forceinline__ void work(Memory &m, const Step &step, int position, 
   choose(w, step, heard, step.words + 2 * (K + MIXERS) * (u64)D, done * (LAYERS + 1) + LAYERS + 1);
 }
 
+// 128 threads for the one that asks for weights: registers are passed on by warpgroups (setmaxnreg).
 extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREADS + 128, 1) decode(const Step step) {
   extern __shared__ __align__(1024) u8 memory[];
   Memory &m = *(Memory *)memory;
